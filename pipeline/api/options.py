@@ -28,6 +28,7 @@ DEPENDENT_OPTIONS = {
     "optimizer": ("lr", "teacher_lr", "qat_lr"),  # SGD's learning rates are much larger than AdamW's
     "qat": ("qat_epochs", "qat_lr"),
     "data": ("data_dir", "download", "follow_links"),
+    "unlabeled": ("unlabeled_ratio",),
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
     "weight": ("balance",),  # its default depends on whether a weight is set

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
@@ -30,6 +31,7 @@ from ..config.options import Options, get_flag
 from ..data.dataset import ImageSet, Progress
 from ..data.decode import sample_sizes
 from ..data.sources import open_data
+from ..data.sources.unlabeled import add_unlabeled, check_unlabeled
 from ..errors import UsageError
 from ..methods.base import Parameters
 from ..methods.shapes import check_methods, compute_shapes, count_parameters
@@ -37,6 +39,7 @@ from ..runs.cache import Cache
 from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
+from ..training.weights import check_weights_file
 from .options import choose_method, starts_from_scratch
 
 MAX_STRETCH = 1.1
@@ -77,17 +80,24 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     )
     _check_weights_of_losses(chosen, list(parameters))
     check_outside_data(chosen.data, {"--cache": chosen.cache})
+    reading: dict[str, Any] = {
+        "follow_links": chosen.follow_links,
+        "cache": None if chosen.dry_run else Cache(chosen.cache),
+        "progress": progress,
+    }
     data = open_data(
         chosen.data,
         data_dir=chosen.data_dir,
         download=chosen.download,
-        follow_links=chosen.follow_links,
         val_fraction=chosen.val_fraction,
         with_boxes=is_detector(chosen.student),
-        cache=None if chosen.dry_run else Cache(chosen.cache),
-        progress=progress,
+        **reading,
     )
     methods.check_task(parameters, data.task)
+    if chosen.unlabeled is not None:
+        methods.check_unlabeled(parameters, data.task)
+        data = add_unlabeled(data, chosen.unlabeled, **reading)
+        chosen.unlabeled_ratio = chosen.unlabeled_ratio or 1.0
     default_balance = "off" if has_set_weight else task_of(data).default_balance
     chosen.balance = chosen.balance or (default_balance if parameters else "off")
     for name, reason in task_of(data).unsupported.items():
@@ -102,9 +112,8 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
             f"--student {chosen.student} has {count / 1e6:,.1f} million parameters, too many for an ONNX "
             "file of 2 GB. Use a smaller one."
         )
-    check = partial(
-        check_methods, parameters, student=chosen.student, classes=len(data.classes), images=len(data.train)
-    )
+    classes, images = len(data.classes), len(data.learned)
+    check = partial(check_methods, parameters, student=chosen.student, classes=classes, images=images)
     check(
         teachers=chosen.teacher,
         heads=chosen.teacher_head,
@@ -115,7 +124,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         check(teachers=[chosen.student], image_size=chosen.student_size or chosen.image_size)
     _choose(chosen, data)
     assert chosen.epochs is not None
-    _choose_cache_views(chosen, parameters, len(data.classes), len(data.train))
+    _choose_cache_views(chosen, parameters, classes, images)
     chosen.settings = {
         f"{method}.{key}": value
         for method, values in parameters.items()
@@ -140,8 +149,8 @@ def _check_networks(chosen: Options) -> None:
                 "detectors for both, or for none."
             )
     for source in chosen.teacher_weights:
-        _check_weights_file(source, "teacher")
-    _check_weights_file(chosen.student_weights, "student")
+        check_weights_file(source, "teacher")
+    check_weights_file(chosen.student_weights, "student")
     _check_labels(chosen)
     if chosen.image_size is None:
         chosen.image_size = default_size(chosen.data, chosen.student)
@@ -239,9 +248,14 @@ def _check_rounds(chosen: Options) -> None:
 def _check_unused(chosen: Options) -> None:
     names = methods.parse_methods(chosen.method)
     if not names:
-        for name in ("cache_views", "balance"):
+        for name in ("cache_views", "balance", "unlabeled"):
             if (value := getattr(chosen, name)) not in (None, 0, "off"):
                 raise UsageError(f"{get_flag(name)} {value} has no effect with --method none. Remove it.")
+    if chosen.unlabeled is not None:
+        check_unlabeled(chosen.unlabeled, chosen.data)
+        check_outside_data(chosen.unlabeled, {"--cache": chosen.cache})
+    elif chosen.unlabeled_ratio is not None:
+        raise UsageError(f"--unlabeled-ratio {chosen.unlabeled_ratio:g} requires --unlabeled. Remove it.")
     if chosen.cache_top is None:
         return
     if "quest" not in names:
@@ -359,18 +373,6 @@ def _check_weights_of_losses(chosen: Options, methods: list[str]) -> None:
             raise UsageError(f"--weight {name}={value:g}: a weight must not be negative.")
     if chosen.weight.get("ce", 1) == 0 and not any(chosen.weight.get(name, 1) for name in methods):
         raise UsageError("--weight: all losses have weight 0. Set one of them above 0.")
-
-
-def _check_weights_file(source: str, role: str) -> None:
-    path = Path(source)
-    if source in ("auto", "none") or path.is_file():
-        return
-    if not path.is_dir():
-        raise UsageError(f"--{role}-weights {source} does not exist. Set it to auto, none or a file.")
-    # The files of a run folder, which are numbered for several teachers.
-    inside = sorted(path.glob(f"{role}.safetensors")) or sorted(path.glob(f"{role}.*.safetensors"))
-    advice = f"a file in it, such as {inside[0]}" if inside else "auto, none or a file"
-    raise UsageError(f"--{role}-weights {source} is a folder. Set it to {advice}.")
 
 
 def _check_optimizer(name: str) -> None:

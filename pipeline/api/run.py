@@ -112,7 +112,9 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     with display.stage("start") as stage, ranks.main_first():  # fills the cache
         chosen, images = resolve(given, partial(stage.update, "reading images", unit="images"))
     assert chosen.out is not None
-    check_outside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
+    for folder_of_images in (chosen.data, chosen.unlabeled):
+        if folder_of_images is not None:
+            check_outside_data(folder_of_images, {"--out": chosen.out, "--cache": chosen.cache})
     device = choose_device(chosen.device, ranks.local_rank if ranks.count > 1 else None)
     check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:
@@ -128,8 +130,9 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
         display.note(
             f"--batch-size {given.batch_size} exceeds the number of images: all images are one batch"
         )
-    if chosen.micro_batch and chosen.batch_size and chosen.micro_batch > chosen.batch_size:
-        display.note(f"--micro-batch {chosen.micro_batch} exceeds a step of {chosen.batch_size} images")
+    step = round((chosen.batch_size or 0) * (1 + (chosen.unlabeled_ratio or 0)))
+    if chosen.micro_batch and chosen.micro_batch > step:
+        display.note(f"--micro-batch {chosen.micro_batch} exceeds a step of {step} images")
     longest = max(chosen.epochs or 0, chosen.teacher_epochs or 0)
     if late := [str(epoch) for epoch in chosen.milestones or () if epoch >= longest]:
         epochs = plural(longest, "epoch")
@@ -156,6 +159,7 @@ def _config(options: Options, images: ImageSet) -> dict[str, Any]:
         "teacher_weights": [_identify_weights(source) for source in options.teacher_weights],
         "student_weights": _identify_weights(options.student_weights),
         "data_content": images.fingerprint,
+        "unlabeled_content": images.unlabeled_fingerprint,
     }
 
 
@@ -251,10 +255,11 @@ def _select_repeatable(options: Options) -> dict[str, Any]:
 
 def _select_options(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
     stages = ("prepare", "student") if get_kind(stage) == ROUND else (stage,)
+    of_content = {"unlabeled_content": "prepare"}  # the teachers are trained without
     return {
         name: value
         for name, value in config.items()
-        if (get_stage(name) if name in Options.model_fields else "teacher") in stages
+        if (get_stage(name) if name in Options.model_fields else of_content.get(name, "teacher")) in stages
     }
 
 
@@ -292,7 +297,9 @@ def estimate(options: Options, data: ImageSet, device: str, stages: Sequence[str
     student = describe(options.student, student_size)
     lines = [
         f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, "
-        f"{len(data.val)} val, {len(data.test)} test images, at {show_size(size)} px",
+        f"{len(data.val)} val, {len(data.test)} test images"
+        + (f", {len(data.unlabeled)} without labels" if data.unlabeled else "")
+        + f", at {show_size(size)} px",
     ]
     macs = 0.0
     named = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
@@ -305,9 +312,11 @@ def estimate(options: Options, data: ImageSet, device: str, stages: Sequence[str
         lines.append(f"teacher {_describe_size(teacher)}, {how}")
     distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
     own = student.gmacs or 0.0
+    seen = train * (1 + (options.unlabeled_ratio or 0.0))
     if "student" in stages:
         # In each further round a student is the teacher.
-        macs += (STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own) * train * options.epochs
+        per_image = STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own
+        macs += per_image * seen * options.epochs
         lines.append(
             f"student {_describe_size(student)} at {show_size(student_size)} px, "
             f"{plural(options.epochs, 'epoch')} with method {options.method}"
@@ -315,11 +324,11 @@ def estimate(options: Options, data: ImageSet, device: str, stages: Sequence[str
         )
     if "qat" in stages:
         assert options.qat_epochs
-        macs += (STEP * own + distilling) * train * options.qat_epochs
+        macs += (STEP * own + distilling) * seen * options.qat_epochs
         lines.append(f"{plural(options.qat_epochs, 'epoch')} with fake quantization")
     seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
-    disk = WEIGHT_COPIES * weight_bytes + train * 3 * 4 * math.prod(height_width(size))
+    disk = WEIGHT_COPIES * weight_bytes + len(data.learned) * 3 * 4 * math.prod(height_width(size))
     lines.append(
         f"about {_format_duration(seconds / 60)} or longer on {device}, about {disk / 1e9:.1f} GB of disk"
     )

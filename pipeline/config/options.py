@@ -146,6 +146,9 @@ class Options(BaseModel):
     follow_links: bool = data_option(
         "follow links that lead out of the data folder, such as those of DVC and git-annex", False
     )
+    unlabeled: Path | None = data_option(
+        "folder of images without labels, at any depth, from which the student learns the teacher's outputs"
+    )
     out: Path | None = data_option("run folder [default: runs/TEACHER-STUDENT-DATA]")
     config: Path | None = data_option(
         "YAML file of options, such as a run's config.yaml; the command line takes precedence"
@@ -214,7 +217,10 @@ class Options(BaseModel):
 
     epochs: int | None = training_option("epochs of the student", enters="student", ge=1)
     teacher_epochs: int | None = training_option("epochs of a teacher that is trained or fine-tuned", ge=1)
-    batch_size: int | None = training_option("images per step, over all devices", ge=2)
+    batch_size: int | None = training_option("labeled images per step, over all devices", ge=2)
+    unlabeled_ratio: float | None = training_option(
+        "images of --unlabeled per labeled image in each step [default: 1]", enters="student", gt=0, le=100
+    )
     micro_batch: int | None = training_option(
         "images per forward pass on a device; gradients of a step are accumulated (BatchNorm statistics are per micro-batch) [default: whole batch, halved if memory runs out]",
         ge=2,

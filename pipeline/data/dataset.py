@@ -1,4 +1,4 @@
-"""A data set: labeled images in the splits train, val and test."""
+"""A data set: labeled images in the splits train, val and test, and images without labels for training."""
 
 import errno
 import hashlib
@@ -27,6 +27,9 @@ Progress = Callable[[int, int], None]
 
 MAX_IMAGE_BYTES = 1 << 30
 """Maximum size of an encoded image."""
+
+UNLABELED = -1
+"""The label of an image without labels."""
 
 Source = Path | bytes | np.ndarray | Callable[[], bytes]
 
@@ -65,6 +68,13 @@ class Image:
     @property
     def labels(self) -> tuple[int, ...]:
         return (self.label,) if self.label_set is None else self.label_set
+
+    @property
+    def is_labeled(self) -> bool:
+        return self.label != UNLABELED or self.label_set is not None
+
+    def without_labels(self) -> "Image":
+        return replace(self, label=UNLABELED, label_set=None, boxes=None)
 
     def read(self) -> bytes | np.ndarray:
         """Return the encoded file, or the pixels (uint8 [H, W, 3]) of an image without a file.
@@ -146,6 +156,15 @@ class ImageSet:
     task: TaskName = "classification"
     notes: tuple[str, ...] = ()
     """What was not used, or is read in an unusual way; for the terminal and the report."""
+    unlabeled: tuple[Image, ...] = ()
+    """Images that the student learns from by its teachers' outputs alone."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of unlabeled images that are left out as copies, by what they are copies of."""
+
+    @property
+    def learned(self) -> tuple[Image, ...]:
+        """All images that the student learns from: those of train, then those without labels."""
+        return (*self.train, *self.unlabeled)
 
     def split(self, split: Split) -> tuple[Image, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -159,7 +178,7 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the classes and of each image's content, labels, boxes and split, without names."""
+        """SHA-256 of the classes and of each labeled image's content, labels, boxes and split."""
         images = sorted(
             (image.key, image.labels, split, *(() if image.boxes is None else (image.boxes,)))
             for split in SPLITS
@@ -167,6 +186,11 @@ class ImageSet:
         )
         bits = {} if self.gray_bits == 16 else {"gray_bits": self.gray_bits}  # it changes the pixels
         return digest({"classes": self.classes, "images": images, "task": self.task, **bits})
+
+    @property
+    def unlabeled_fingerprint(self) -> str | None:
+        """SHA-256 of the contents of the unlabeled images; None if there are none."""
+        return digest(sorted(image.key for image in self.unlabeled)) if self.unlabeled else None
 
     @property
     def counts(self) -> dict[Split, list[int]]:

@@ -124,7 +124,7 @@ class Canonical:
 
 @dataclass(frozen=True)
 class ReadableImages:
-    """The readable images of a split, and the unreadable ones."""
+    """The readable images of a split, labeled ones first, and the unreadable ones."""
 
     images: tuple[Image, ...]
     skipped: tuple[Skipped, ...]
@@ -137,23 +137,28 @@ class ReadableImages:
         return torch.tensor([image.number for image in self.images], dtype=torch.int64)
 
     @property
+    def labeled(self) -> tuple[Image, ...]:
+        return tuple(image for image in self.images if image.is_labeled)
+
+    @property
     def labels(self) -> Tensor:
-        """Class numbers int64 [N] of a classification set."""
-        return torch.tensor([image.label for image in self.images], dtype=torch.int64)
+        """Class numbers int64 [N] of the N labeled images of a classification set."""
+        return torch.tensor([image.label for image in self.labeled], dtype=torch.int64)
 
     def targets(self, data: ImageSet) -> Tensor:
-        """Return the labels of these images of ``data`` for training.
+        """Return the labels of the N labeled ones of these images of ``data`` for training.
 
         Class numbers int64 [N]; for a multi-label set float32 [N, classes], 1 for each class of an image; for
         a detection set the boxes in what is shown, see ``boxes``.
         """
+        labeled = self.labeled
         if data.task == "classification":
             return self.labels
         if data.task == "detection":
-            sizes = [image.size or (1, 1) for image in self.images]
-            return place_boxes([image.boxes or () for image in self.images], sizes, self.window)
-        targets = torch.zeros(len(self.images), len(data.classes))
-        for row, image in enumerate(self.images):
+            sizes = [image.size or (1, 1) for image in labeled]
+            return place_boxes([image.boxes or () for image in labeled], sizes, self.window)
+        targets = torch.zeros(len(labeled), len(data.classes))
+        for row, image in enumerate(labeled):
             targets[row, list(image.labels)] = 1
         return targets
 

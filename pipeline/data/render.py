@@ -298,8 +298,8 @@ class Normalize(nn.Module):
 class LabeledViews:
     """Training images whose views are drawn by ``policy`` and ``seed``, of ``size`` pixels.
 
-    ``labels`` (int64 [N], float32 [N, classes] or [N, M, 7]) and ``keys`` (int64 [N]) are on the host; see
-    ``decode.ReadableImages``.
+    ``labels`` (int64 [L], float32 [L, classes] or [L, M, 7]) are those of the first L images, and the others
+    have none. ``keys`` are int64 [N]. Both are on the host; see ``decode.ReadableImages``.
     """
 
     labels: Tensor
@@ -309,19 +309,22 @@ class LabeledViews:
     size: Size
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.keys)
 
     def draw(
         self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Draw crops and flips of views, the factors of the color jitter if there is one, and the labels.
 
-        ``indices`` and ``view_numbers`` are int64 [B]; ``heights`` and ``widths`` int64 [N], of all images.
+        ``indices`` and ``view_numbers`` are int64 [B], labeled images first, whose labels are returned;
+        ``heights`` and ``widths`` int64 [N], of all images.
         """
         keys, policy, seed = self.keys[indices], self.policy, self.seed
         heights, widths = heights[indices], widths[indices]
         box, flips = draw_crops(policy, seed, keys, view_numbers, heights, widths)
-        labels = follow(self.labels[indices], box, flips, heights, widths, self.size)
+        labels = self.labels[indices[indices < len(self.labels)]]
+        rows = slice(len(labels))
+        labels = follow(labels, box[rows], flips[rows], heights[rows], widths[rows], self.size)
         factors = draw_color_factors(policy, seed, keys, view_numbers) if policy.color_jitter else None
         return box, flips, factors, labels
 
@@ -339,7 +342,7 @@ class Views(LabeledViews):
         device: torch.device | str = "cpu",
         size: Size | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, H, W], and their labels.
+        """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, H, W], and the labels.
 
         Another ``size`` returns the same crops at that size. A view depends only on its image, view number
         and the seed, not on the other images of the batch.

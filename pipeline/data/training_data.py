@@ -134,7 +134,7 @@ class TrainingData:
         """Where training images are kept: as requested, or the first of the three that they fit in."""
         if self.options.resident != "auto":
             return self.options.resident
-        return self.place(*choose_placement(self.dataset.train, self.canonical, self.device, self.cache))
+        return self.place(*choose_placement(self.dataset.learned, self.canonical, self.device, self.cache))
 
     @cached_property
     def workers(self) -> Workers:
@@ -143,8 +143,11 @@ class TrainingData:
 
     @cached_property
     def train(self) -> ReadableImages:
-        """The readable training images: with their pixels, or with their sizes if workers decode them."""
-        images = self.dataset.train
+        """The readable training images, those without labels last.
+
+        With their pixels, or with their sizes if workers decode them.
+        """
+        images = self.dataset.learned
         if self.placement == "workers":
             show = partial(self.show, "checking train")
             sized = measure_images(images, self.canonical, self.workers, cache=self.cache, progress=show)
@@ -187,21 +190,27 @@ class TrainingData:
         """
         images = self.dataset.split(split)
         chosen = images[:: max(1, math.ceil(len(images) / limit))] if limit else images
-        show = partial(self.show, f"rendering {split}")
-        decoded = render_images(chosen, spec.preprocessing, cache=self.cache, progress=show)
-        self.check_kept(chosen, decoded)
-        pixels = decoded.pixels.data.view(len(decoded.images), *height_width(spec.image_size), 3)
+        pixels, decoded = self._render(chosen, spec, split)
         return pixels, decoded.targets(self.dataset), decoded
+
+    def _render(
+        self, images: Sequence[Image], spec: NetworkSpec, split: Split
+    ) -> tuple[Tensor, DecodedImages]:
+        show = partial(self.show, f"rendering {split}")
+        decoded = render_images(images, spec.preprocessing, cache=self.cache, progress=show)
+        self.check_kept(images, decoded)
+        return decoded.pixels.data.view(len(decoded.images), *height_width(spec.image_size), 3), decoded
 
     def rendered_train(self, spec: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
         """Yield training images as ``rendered`` does: (index of the first, uint8 [B,3,H,W] on the device).
 
-        If workers decode them, they are neither kept in memory nor written to the cache.
+        Those without labels are last. If workers decode them, they are neither kept in memory nor written to
+        the cache.
         """
         if self.placement == "workers":
             batches = rendered_batches(self.train.images, spec.preprocessing, self.workers, BATCH)
         else:
-            batches = iter(self.rendered("train", spec)[0].split(BATCH))
+            batches = iter(self._render(self.dataset.learned, spec, "train")[0].split(BATCH))
         for number, pixels in enumerate(batches):
             yield number * BATCH, pixels.to(self.device).permute(0, 3, 1, 2)
 
@@ -234,9 +243,18 @@ class TrainingData:
         train = self.train
         val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
         skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
-        check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
+        total = len(self.dataset) + len(self.dataset.unlabeled)
+        check_unreadable(skipped, total + sum(file.unreadable for file in self.dataset.skipped))
         self.skipped_names = frozenset(file.name for file in skipped)
-        return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
+        labeled = train.labeled
+        return replace(
+            self.dataset,
+            train=labeled,
+            val=val.images,
+            test=test.images,
+            unlabeled=train.images[len(labeled) :],
+            skipped=skipped,
+        )
 
 
 def choose_placement(

@@ -183,6 +183,16 @@ def draw_order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(_number(random_words(seed, keys, epoch, _ORDER)), stable=True)
 
 
+def draw_endless_order(seed: int, start: int, end: int, keys: Tensor) -> Tensor:
+    """Return the part from ``start`` to ``end`` of an endless order, indices int64: pass after pass.
+
+    Every pass contains all images in another order, ``draw_order`` of the pass's number.
+    """
+    first, last = start // len(keys), -(-end // len(keys))
+    order = torch.cat([draw_order(seed, number, keys) for number in range(first, max(first + 1, last))])
+    return order[start - first * len(keys) : end - first * len(keys)]
+
+
 def method_keys(seed: int, keys: Tensor) -> Tensor:
     """Return the keys for the methods' random draws, from image and seed: int64 [N] below 2⁶³."""
     return _number(random_words(seed, keys, 0, _METHODS))

@@ -129,6 +129,15 @@ def check_task(parameters: Mapping[str, Parameters], task: TaskName) -> None:
             )
 
 
+def check_unlabeled(parameters: Mapping[str, Parameters], task: TaskName) -> None:
+    """Raise UsageError unless the methods can learn from images without labels."""
+    for name, chosen in parameters.items():
+        if reason := load(name).needs_labels(chosen, task):
+            raise UsageError(
+                f"--unlabeled does not support --method {name} for {task}: {reason}. Use another method."
+            )
+
+
 def _validate(name: str, values: Mapping[str, Any]) -> Parameters:
     try:
         return load(name).parameters_class.model_validate(values)

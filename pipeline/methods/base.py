@@ -72,11 +72,16 @@ class Batch:
     teachers: Sequence[Features]
     """Without gradients, of the same views: each teacher's features, or the arrays of ``cached_outputs``."""
     labels: Tensor
-    """Class numbers [B], or float32 [B,N] with 1 for each class of a multi-label image."""
+    """Class numbers [L], or float32 [L,N] with 1 for each class of a multi-label image, of the first L
+    images. The others have no labels: a method treats them by its teachers' outputs alone."""
     epoch: int = 0
     """Number of completed epochs."""
     keys: Tensor | None = None
     """int64 [B] derived from image and seed, for random draws that do not depend on the batch."""
+
+    def complete_labels(self, logits: Tensor) -> Tensor:
+        """Return class numbers [B]: the label, or the prediction of ``logits`` [B,N] without one."""
+        return torch.cat([self.labels, logits[len(self.labels) :].argmax(1)])
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,11 @@ class Method(nn.Module):
     @classmethod
     def unsupported(cls, parameters: Any, task: TaskName) -> str | None:
         """Return why the method does not support a task, or None if it does."""
+        return None
+
+    @classmethod
+    def needs_labels(cls, parameters: Any, task: TaskName) -> str | None:
+        """Return why the method cannot learn from images without labels, or None if it can."""
         return None
 
     @classmethod

@@ -8,6 +8,9 @@ b = (p_y, 1 − p_y) is the binary probability of the label y against the rest, 
 rest; both at temperature τ. The authors' β on CIFAR-100 is 8 for most pairs, 2 for resnet56/110, 6 for WRN
 and VGG. With ``standardize`` both logits are z-scored first (Sun et al., CVPR 2024), with that paper's τ = 2
 and a weight of 9.
+
+Our choice for an image without a label, which the paper does not have: y is the class that the teacher finds
+most probable. For an image that the teacher classifies correctly, that is its label.
 """
 
 from math import ceil
@@ -65,8 +68,9 @@ class Dkd(LogitMethod):
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
         z_t = teacher_logits(batch.teachers, self.tau, self.standardize)
         z_s = student_logits(batch.student, self.standardize)
-        b_t, q_t = decouple(z_t / self.tau, batch.labels)
-        b_s, q_s = decouple(z_s / self.tau, batch.labels)
+        labels = batch.complete_labels(z_t)
+        b_t, q_t = decouple(z_t / self.tau, labels)
+        b_s, q_s = decouple(z_s / self.tau, labels)
         kl = self.alpha * divergence(b_s, b_t) + self.beta * divergence(q_s, q_t)
         return {"dkd": self.warmup_factor(batch.epoch) * self.weight * self.tau**2 * kl}
 

@@ -82,7 +82,7 @@ class Feed(base.Method):
         for ntl, grid, teacher in zip(self.transforms, self.grids, batch.teachers, strict=True):
             x_t = teacher[CACHED_MAP] if CACHED_MAP in teacher else base.pool(teacher["map"], grid)
             means.append(direction_error(x_t, ntl(base.pool(batch.student["map"], grid))).mean())
-        errors, images = torch.stack(means), len(batch.labels)
+        errors, images = torch.stack(means), len(batch.student["map"])
         self.sums.add(images=errors.new_full((), images), errors=errors * images)
         return {"feed": self.beta * errors.sum()}
 

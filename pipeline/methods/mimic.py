@@ -26,6 +26,8 @@ Our choices that the paper leaves open or makes differently:
   paper's β for these (VOC07: 1 with l2, 0.5 with lsh and lshl2; COCO: 3) belong to a binary cross-entropy
   that is a mean over the N classes. Here it is their sum, so ``--weight ce=`` must be 1/N for the paper's
   proportion. Its two stages are ``alone``.
+- Images without labels are neither correct nor wrong either: ``lshl2_s`` takes its mean over them and the
+  samples that the teacher classifies correctly.
 - Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
   its part of it, and the loss is the mean over teachers.
 
@@ -43,6 +45,7 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ..config import TaskName
 from ..errors import JobError, UsageError
 from . import base, dense_mimic
 from .quest.vocabulary import FeatureMatrix
@@ -120,6 +123,10 @@ class Mimic(base.Method):
     gradient_ratio = (1.0, 9.0)
 
     @classmethod
+    def needs_labels(cls, parameters: Parameters, task: TaskName) -> str | None:
+        return "it compares two detectors around labeled objects" if task == "detection" else None
+
+    @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         return frozenset({*network.towers, "anchors"} if network.towers else {"vector"})
 
@@ -192,7 +199,7 @@ class Mimic(base.Method):
         else:
             parts = student["vector"].split(self.widths, dim=1)
             losses = [
-                term(f_s, teacher, batch.labels)
+                term(f_s, teacher, batch)
                 for term, f_s, teacher in zip(self.terms, parts, batch.teachers, strict=True)
             ]
         return {"mimic": self.beta * torch.stack(losses).mean()}
@@ -221,7 +228,7 @@ class MimicTerm(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
         self.sums = base.RunningSums()
 
-    def forward(self, f_s: Tensor, teacher: base.Features, labels: Tensor) -> Tensor:
+    def forward(self, f_s: Tensor, teacher: base.Features, batch: base.Batch) -> Tensor:
         """Return the scalar loss; ``f_s`` [B,D_T] is the part of the student's vector for this teacher."""
         f_s = f_s.to(torch.promote_types(f_s.dtype, torch.float32))
         f_t = teacher["vector"].to(f_s.dtype)
@@ -237,11 +244,12 @@ class MimicTerm(nn.Module):
             equal = (to_bits(a_s) == h).to(h.dtype).mean(1)
             self.sums.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
             losses = losses + F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
-        if self.variant != "lshl2_s" or labels.ndim > 1:
+        if self.variant != "lshl2_s" or batch.labels.ndim > 1:
             return losses.mean()
-        correct = teacher["logits"].argmax(1) == labels
-        self.sums.add(classified=losses.new_full((), len(losses)), correct=correct.sum())
-        return torch.where(correct, losses, 0.0).sum() / correct.sum().clamp(min=1)
+        labeled = len(batch.labels)
+        matched = teacher["logits"].argmax(1) == batch.complete_labels(teacher["logits"])
+        self.sums.add(classified=losses.new_full((), labeled), correct=matched[:labeled].sum())
+        return torch.where(matched, losses, 0.0).sum() / matched.sum().clamp(min=1)
 
     def compare_towers(
         self, towers: Sequence[str], student: base.Features, teacher: base.Features, labels: Tensor

@@ -40,6 +40,8 @@ def lead(report: Report) -> str:
         trained += f" on {data.name}: {format.plural(len(data.classes), 'class', 'classes')}"
         trained += task_of(data).labels_note
         trained += f", {data.train:,} training, {data.val:,} validation and {data.test:,} test images"
+        if data.unlabeled:
+            trained += f", and {format.plural(data.unlabeled, 'image')} without labels"
     trained += f" at {format.pixels(report.image_size)}"
     teacher_size = report.teacher_image_size
     if teacher_size is not None and teacher_size != report.image_size and report.method != "none":

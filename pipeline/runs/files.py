@@ -124,7 +124,7 @@ def describe_namesake(data: str) -> str | None:
 
 
 def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> None:
-    """Raise UsageError if an output folder, by option, is in the data folder, whose folders are classes."""
+    """Raise UsageError if an output folder, by option, is in a folder of images."""
     data_folder = data_path(data)
     if data_folder is None or not data_folder.is_dir():
         return
@@ -136,7 +136,8 @@ def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> 
         if not any(part.startswith(".") for part in parts):  # hidden folders are not read
             raise UsageError(
                 f"{option} {escape_controls(str(folder))} is inside the data folder "
-                f"{escape_controls(str(data))}, where it would be read as a class. Set it to another folder."
+                f"{escape_controls(str(data))}, where its files would be read as images. Set it to another "
+                "folder."
             )
 
 

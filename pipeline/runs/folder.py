@@ -307,6 +307,9 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ]
 
 
+_CONTENTS = {"data_content": "the data's images", "unlabeled_content": "the images of --unlabeled"}
+
+
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by flag; those of ``--set`` and ``--weight`` by key."""
     flat: dict[str, Any] = {}
@@ -316,7 +319,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= {f"{get_flag(name)} {key}": part for key, part in value.items()}
         else:
-            flat["the data's images" if name == "data_content" else get_flag(name)] = value
+            flat[_CONTENTS.get(name) or get_flag(name)] = value
     return flat
 
 

@@ -217,6 +217,10 @@ class DataSummary(Result):
     train: int
     val: int
     test: int
+    unlabeled: int = 0
+    """Number of images without labels that the student learned from."""
+    left_out: dict[str, int] = {}
+    """Number of images without labels that were left out as copies, by what they are copies of."""
     per_class: dict[str, dict[str, int]]
     """Split -> class -> number of images."""
     skipped: list[tuple[str, str]] = []

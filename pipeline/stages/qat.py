@@ -101,7 +101,15 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     if built:
         load_heads(task, folder / HEADS)
     seed = context.round.seed
-    plan = build_plan(context, data, epochs=o.qat_epochs, lr=o.qat_lr, warmup_epochs=0.0, seed=seed)
+    plan = build_plan(
+        context,
+        data,
+        epochs=o.qat_epochs,
+        lr=o.qat_lr,
+        warmup_epochs=0.0,
+        seed=seed,
+        unlabeled_ratio=o.unlabeled_ratio or 0.0,
+    )
     run_training(
         context,
         data,
@@ -200,10 +208,10 @@ class CalibrationImages:
 
 
 def draw_calibration_images(data: TrainingData, student: NetworkSpec) -> CalibrationImages:
-    """Draw ``--calibration-images`` images; all if there are fewer."""
-    o = data.options
-    order = draw_order(o.seed, 0, data.train.keys)[: o.calibration_images].tolist()
-    images = [data.train.images[i] for i in order]
+    """Draw ``--calibration-images`` labeled images; all if there are fewer."""
+    o, labeled = data.options, data.train.labeled
+    order = draw_order(o.seed, 0, data.train.keys[: len(labeled)])[: o.calibration_images].tolist()
+    images = [labeled[i] for i in order]
     decoded = data.check_kept(images, render_images(images, student.preprocessing))
     return CalibrationImages(
         decoded.pixels.stack().numpy(),

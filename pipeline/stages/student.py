@@ -79,7 +79,13 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     built = build_methods(o, round_, run)
     task, cache = student_task(context, data, initial.network, engine, built)
     plan = build_plan(
-        context, data, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs, seed=round_.seed
+        context,
+        data,
+        epochs=o.epochs,
+        lr=o.lr,
+        warmup_epochs=o.warmup_epochs,
+        seed=round_.seed,
+        unlabeled_ratio=o.unlabeled_ratio or 0.0,
     )
     schedule = view_schedule(o, data.policy, round_.seed)
     if cache is not None:

@@ -405,6 +405,8 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
         train=len(readable.train),
         val=len(readable.val),
         test=len(readable.test),
+        unlabeled=len(readable.unlabeled),
+        left_out=dict(readable.left_out),
         per_class={split: dict(zip(classes, readable.counts[split], strict=True)) for split in SPLITS},
         skipped=[(file.name, file.reason) for file in readable.skipped],
         ignored=dict(readable.ignored),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...export.runtime import Size
 from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
-from ..data.views import ViewSchedule, draw_order, method_keys
+from ..data.views import ViewSchedule, draw_endless_order, draw_order, method_keys
 from ..errors import JobError
 from ..methods.base import Features, RunningSums
 from ..runs.process import STOP
@@ -37,7 +37,10 @@ AGREE_STEPS = 1000
 
 @dataclass(frozen=True)
 class Batch:
-    """Views, uint8 [B,3,H,W], and their labels: this rank's part of a step, or a micro-batch of it."""
+    """Views, uint8 [B,3,H,W], and their labels: this rank's part of a step, or a micro-batch of it.
+
+    Images without labels are last: the labels are those of the first images.
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -49,7 +52,7 @@ class Batch:
     """The same views at the teachers' size, if the step computes their features and the size differs."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.keys)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from (self.pixels, self.labels, self.keys)
@@ -62,16 +65,25 @@ class Batch:
         """Split into micro-batches of at most ``size`` images, as even as possible.
 
         None has a single image, which BatchNorm cannot normalize; so 3 images are one batch for ``size`` 2.
+        Each has a labeled image.
         """
         if size is None or size >= len(self):
             yield self
             return
-        parts = max(1, min(math.ceil(len(self) / size), len(self) // 2))
+        labeled = len(self.labels)
+        parts = max(1, min(math.ceil(len(self) / size), len(self) // 2, labeled))
         for part in range(parts):
-            rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
-            teachers = self.teachers and [{name: x[rows] for name, x in t.items()} for t in self.teachers]
-            teacher_pixels = None if self.teacher_pixels is None else self.teacher_pixels[rows]
-            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], teachers, teacher_pixels)
+            first, last = (
+                slice(start + count * part // parts, start + count * (part + 1) // parts)
+                for start, count in ((0, labeled), (labeled, len(self) - labeled))
+            )
+
+            def take(x: Tensor, first: slice = first, last: slice = last) -> Tensor:
+                return x[first] if labeled == len(self) else torch.cat([x[first], x[last]])
+
+            teachers = self.teachers and [{name: take(x) for name, x in t.items()} for t in self.teachers]
+            teacher_pixels = None if self.teacher_pixels is None else take(self.teacher_pixels)
+            yield Batch(take(self.pixels), self.labels[first], take(self.keys), teachers, teacher_pixels)
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,18 @@ class BatchSource:
 
     def batches(self, epoch: int, steps: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches from step ``start`` on."""
-        keys, size = self.views.keys, self.plan.batch_size
-        order = draw_order(self.plan.seed, epoch, keys)
+        keys, labeled = self.views.keys, len(self.views.labels)
+        size, extra = self.plan.batch_size, self.plan.unlabeled
+        order = draw_order(self.plan.seed, epoch, keys[:labeled])
         numbers = self.schedule.numbers(keys, epoch)
         draws = method_keys(self.plan.seed, keys)
         parts = [order[step * size : (step + 1) * size] for step in range(start, steps)]
         parts = [part[self.ranks.part(len(part))] for part in parts]
+        if extra:
+            first, last = (extra * (epoch * steps + step) for step in (start, steps))
+            others = labeled + draw_endless_order(self.plan.seed, first, last, keys[labeled:])
+            rows = self.ranks.part(extra)
+            parts = [torch.cat(pair) for pair in zip(parts, others.view(-1, extra)[:, rows], strict=True)]
         teacher_size = self.teacher_size if self.teacher_size != self.views.size else None
         views = self.views.batches(
             ((indices, numbers[indices]) for indices in parts), self.device, teacher_size
@@ -152,7 +170,8 @@ def train(
         KeyboardInterrupt: the job should stop; the state is saved.
     """
     ranks = ranks or Ranks()
-    steps = plan.steps(len(views))
+    steps = plan.steps(len(views.labels))
+    task.student.labeled_fraction = plan.labeled_fraction
     optimizer = build_optimizer(task, plan)
     scheduler = build_scheduler(optimizer, plan, steps)
     meter = Meter(task.device, ranks, task.label_task)

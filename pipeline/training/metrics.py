@@ -147,27 +147,32 @@ class Meter:
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.images = 0
+        self.images = self.labeled = 0
         self.has_accuracy = True
 
     @torch.no_grad()
     def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Add a batch: its losses, each a mean over the images, and its logits ``output``."""
+        """Add a batch: its losses, each a mean over the images, and its logits ``output``.
+
+        The labels are those of the first images.
+        """
+        logits = result["output"]
         for key, value in result.items():
             if key != "output":
-                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(labels)
-        correct = self.task.count_correct(result["output"], labels)
+                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(logits)
+        correct = self.task.count_correct(logits[: len(labels)], labels)
         self.has_accuracy = correct is not None
         if correct is not None:
             self.correct += correct
-        self.images += len(labels)
+        self.images += len(logits)
+        self.labeled += len(labels)
 
     def means(self, epoch: int, *, all_ranks: bool = False) -> dict[str, float]:
         """Return mean losses of this rank, or of all, or raise JobError if one is not finite.
 
         The host waits for the device here.
         """
-        sums = torch.stack([*self.sums.values(), self._images().float()])
+        sums = torch.stack([*self.sums.values(), self._count(self.images).float()])
         *values, images = (self.ranks.sum(sums) if all_ranks else sums).tolist()
         means = {key: value / max(images, 1) for key, value in zip(self.sums, values, strict=True)}
         if not math.isfinite(means["loss"]):
@@ -183,24 +188,26 @@ class Meter:
         """Return the percentage of correct training views of all ranks; None if the task counts none."""
         if not self.has_accuracy:
             return None
-        correct, images = self.ranks.sum(torch.stack([self.correct, self._images()])).tolist()
-        return 100 * correct / images
+        counts = torch.stack([self.correct, self._count(self.labeled)])
+        correct, labeled = self.ranks.sum(counts).tolist()
+        return 100 * correct / labeled
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of all ranks. Every rank has to call this."""
         return {
             "sums": {key: self.ranks.sum(value) for key, value in self.sums.items()},
             "correct": self.ranks.sum(self.correct),
-            "images": int(self.ranks.sum(self._images())),
+            "images": int(self.ranks.sum(self._count(self.images))),
+            "labeled": int(self.ranks.sum(self._count(self.labeled))),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = self.ranks.keep_on_main(dict(state["sums"]))
         self.correct = self.ranks.keep_on_main({"correct": state["correct"]})["correct"]
-        self.images = state["images"] if self.ranks.is_main else 0
+        self.images, self.labeled = (state["images"], state["labeled"]) if self.ranks.is_main else (0, 0)
 
-    def _images(self) -> Tensor:
-        return torch.tensor(self.images, device=self.device)
+    def _count(self, images: int) -> Tensor:
+        return torch.tensor(images, device=self.device)
 
 
 @dataclass(slots=True)

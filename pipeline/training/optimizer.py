@@ -26,7 +26,7 @@ class Plan:
 
     epochs: int
     batch_size: int
-    """Images per step, over all ranks."""
+    """Labeled images per step, over all ranks."""
     optimizer: str
     lr: float
     schedule: str
@@ -37,10 +37,21 @@ class Plan:
     seed: int
     micro_batch: int | None = None
     """Images that a rank computes at once; None for its whole part of a step."""
+    unlabeled: int = 0
+    """Images without labels per step, over all ranks."""
 
-    def steps(self, images: int) -> int:
-        """Return the steps per epoch: full batches only, but at least one."""
-        return max(1, images // self.batch_size)
+    @property
+    def images(self) -> int:
+        """Images per step, over all ranks."""
+        return self.batch_size + self.unlabeled
+
+    @property
+    def labeled_fraction(self) -> float:
+        return self.batch_size / self.images
+
+    def steps(self, labeled: int) -> int:
+        """Return the steps per epoch of this number of labeled images: full batches, but at least one."""
+        return max(1, labeled // self.batch_size)
 
 
 class OneCycle(Scheduler):

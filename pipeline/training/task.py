@@ -88,6 +88,8 @@ class StudentModule(nn.Module):
         self.balance = GradientBalance(methods, ranks.sum) if balance and methods else None
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
+        self.labeled_fraction = 1.0
+        """Fraction of a step's images that have labels."""
         self.label_loss = label_task.label_loss(self.readouts.network, label_smoothing)
         self.use(engine)
 
@@ -101,13 +103,18 @@ class StudentModule(nn.Module):
     def forward(
         self, pixels: Tensor, labels: Tensor, teachers: Sequence[Features], epoch: int, keys: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the weighted losses by name, and the logits [B,N]."""
+        """Return the weighted losses by name, and the logits [B,N].
+
+        Each is a mean over the images: in a micro-batch with fewer labeled images than in others, the loss on
+        labels is smaller accordingly.
+        """
         images = self.normalize(pixels).contiguous(memory_format=self.memory_format)
         methods = dict(self.named_methods())
         alone = {name: m for name, m in methods.items() if m.trains_projection_only(epoch)}
         self.readouts.embeds_alone = bool(alone)
         features = self.readouts(images, self.reads)
-        label_loss = self.label_loss(features["logits"].float(), labels)
+        label_loss = self.label_loss(features["logits"][: len(labels)].float(), labels)
+        label_loss = label_loss * (len(labels) / len(pixels) / self.labeled_fraction)
         batch = Batch(features, teachers, labels, epoch, keys)
         with self.autocast_heads:
             by_method = {
@@ -342,7 +349,8 @@ class DistillationTask(TrainingTask):
 
         Args:
             input: views, uint8 [B,3,H,W].
-            target: class numbers [B], or float32 [B,N] with 1 for each class of a multi-label image.
+            target: class numbers, or float32 [L,N] with 1 for each class of a multi-label image, of the first
+                L images; the others have no labels.
             keys: int64 [B], the seed of the methods' random draws.
             teachers: the teachers' features of these views; None runs the teachers.
             teacher_pixels: the same views at the teachers' size, if it differs.

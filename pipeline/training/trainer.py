@@ -68,15 +68,23 @@ def compute_split_logits(
 
 
 def build_plan(
-    context: RunContext, data: TrainingData, *, epochs: int, lr: float, warmup_epochs: float, seed: int
+    context: RunContext,
+    data: TrainingData,
+    *,
+    epochs: int,
+    lr: float,
+    warmup_epochs: float,
+    seed: int,
+    unlabeled_ratio: float = 0.0,
 ) -> Plan:
     """Build the hyperparameters of a training; each rank gets the same number of a step's images."""
-    o = context.options
+    o, ranks = context.options, context.ranks.count
     assert o.batch_size and o.optimizer and o.schedule and o.weight_decay is not None
-    batch = min(o.batch_size, len(data.train.images))
+    batch = min(o.batch_size, len(data.train.labeled)) // ranks * ranks
     return Plan(
         epochs=epochs,
-        batch_size=batch - batch % context.ranks.count,
+        batch_size=batch,
+        unlabeled=max(1, round(unlabeled_ratio * batch / ranks)) * ranks if unlabeled_ratio else 0,
         optimizer=o.optimizer,
         lr=lr,
         schedule=o.schedule,
@@ -116,7 +124,7 @@ class MicroBatch:
 
     def _halve(self) -> None:
         ranks, device = self.context.ranks, self.context.device
-        rank_batch = self.plan.batch_size // ranks.count
+        rank_batch = self.plan.images // ranks.count
         before = min(self.size or rank_batch, rank_batch)
         size = max(MIN_MICRO_BATCH, before // 2)
         if ranks.count > 1:
@@ -133,7 +141,7 @@ class MicroBatch:
         record.micro_batches[self.training] = MicroBatchEntry(key=self.context.key, size=size)
         self.context.folder.save()
         self.context.display.warn(
-            f"not enough memory for {before} images: each step of {self.plan.batch_size} is computed in "
+            f"not enough memory for {before} images: each step of {self.plan.images} is computed in "
             f"micro-batches of {size} (the same gradients, but BatchNorm statistics of micro-batches)"
         )
 
@@ -287,11 +295,11 @@ def run_training(
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
         more = f"epoch {epoch}/{plan.epochs}  {more}"
-        context.progress.update(f"training {spec.name}", step, steps, "images", more, plan.batch_size)
+        context.progress.update(f"training {spec.name}", step, steps, "images", more, plan.images)
 
     if search_engine:
         source = BatchSource(views, schedule, cache, plan, ranks, task.device, task.teacher_size)
-        use_fastest_engine(context, training, task, plan, source.first(), len(views))
+        use_fastest_engine(context, training, task, plan, source.first(), len(views.labels))
     if ranks.count > 1:
         task.prepare_distributed(sync_bn=context.options.sync_bn)
     add_resources = measure_resources(context, task, spec)

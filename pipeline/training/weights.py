@@ -18,7 +18,7 @@ from ...models.weights import load_into
 from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..errors import JobError, is_system_fault
+from ..errors import JobError, UsageError, is_system_fault
 from ..runs.device import Engine
 from ..runs.files import atomic_write
 from ..runs.hashes import sha256
@@ -88,6 +88,19 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
         # The stage that loads the weights repeats the notes.
         initialize(name, source, mode, data.classes, size, seed, lambda _note: None, role, activation)
     check_published(published, download=download)
+
+
+def check_weights_file(source: str, role: str) -> None:
+    """Raise UsageError unless ``--teacher-weights`` or ``--student-weights`` is auto, none or a file."""
+    path = Path(source)
+    if source in ("auto", "none") or path.is_file():
+        return
+    if not path.is_dir():
+        raise UsageError(f"--{role}-weights {source} does not exist. Set it to auto, none or a file.")
+    # The files of a run folder, which are numbered for several teachers.
+    inside = sorted(path.glob(f"{role}.safetensors")) or sorted(path.glob(f"{role}.*.safetensors"))
+    advice = f"a file in it, such as {inside[0]}" if inside else "auto, none or a file"
+    raise UsageError(f"--{role}-weights {source} is a folder. Set it to {advice}.")
 
 
 class Checkpoint:

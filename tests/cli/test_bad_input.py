@@ -70,6 +70,10 @@ from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job,
         (["--set", "quest.tau=inf"], ["quest.tau=inf", "finite"]),
         (["--weight", "ce=nan"], ["--weight", "finite"]),
         (["--batch-size", "1"], ["--batch-size must be greater than or equal to 2, got 1"]),
+        (["--unlabeled-ratio", "0"], ["--unlabeled-ratio must be greater than 0, got 0"]),
+        (["--unlabeled-ratio", "2"], ["--unlabeled-ratio 2 requires --unlabeled"]),
+        (["--method", "none", "--unlabeled", "x"], ["--unlabeled x has no effect with --method none"]),
+        (["--unlabeled", "nowhere"], ["--unlabeled nowhere does not exist"]),
         (["--seed", "-1"], ["--seed must be greater than or equal to 0, got -1"]),
         (["--rounds", "2147483648"], ["--rounds must be less than or equal to 100, got 2147483648"]),
         (["--teachers-from-seeds", "9" * 23], ["--teachers-from-seeds", "less than or equal to 100"]),
@@ -339,8 +343,8 @@ def test_outputs_inside_the_data_folder_are_refused(tmp_path, cache, option):
     def asked(places: dict[str, Path]) -> list[str | Path]:
         return [*NETWORKS, *SMALL, "--data", data, *(one for pair in places.items() for one in pair)]
 
-    refused(compress(*asked(places)), 2, f"{option} {data / 'mine'}", "would be read as a class")
-    refused(compress(*asked(places), "--dry-run"), 2, "would be read as a class")
+    refused(compress(*asked(places)), 2, f"{option} {data / 'mine'}", "would be read as images")
+    refused(compress(*asked(places), "--dry-run"), 2, "would be read as images")
     assert not (data / "mine").exists() and not (tmp_path / "run").exists()
     hidden = {**places, option: data / ".mine"}
     assert compress(*asked(hidden), "--dry-run").exit_code == 0

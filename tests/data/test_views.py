@@ -6,6 +6,7 @@ from questpress.pipeline.data.views import (
     below,
     draw_color_factors,
     draw_crops,
+    draw_endless_order,
     draw_order,
     list_views,
     philox,
@@ -203,6 +204,15 @@ def test_order_of_images_is_independent_of_other_images() -> None:
     fewer = keys[100:]
     assert keys[order][torch.isin(keys[order], fewer)].equal(fewer[draw_order(0, 1, fewer)])
     assert draw_order(0, 1, torch.tensor([5, 5, 5])).tolist() == [0, 1, 2]
+
+
+def test_endless_order_has_every_image_once_in_each_pass() -> None:
+    keys = keys_of(7)
+    order = draw_endless_order(3, 0, 21, keys)
+    assert order.equal(torch.cat([draw_order(3, number, keys) for number in range(3)]))
+    for start in range(20):
+        for end in range(start, 21):
+            assert draw_endless_order(3, start, end, keys).equal(order[start:end])
 
 
 def test_orders_of_two_epochs_are_uncorrelated() -> None:

@@ -85,6 +85,16 @@ def test_dkd_weighs_the_label_and_the_rest_separately() -> None:
     assert loss("dkd", {"alpha": 0.5, "beta": 2}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_dkd_takes_the_teachers_prediction_for_the_label_of_images_without_one() -> None:
+    readouts = [{"logits": torch.tensor(z, dtype=torch.float32)} for z in (Z_S, Z_T)]
+    predicted = torch.tensor([*LABELS[:2], *Z_T.argmax(1)[2:]])
+    few, all_ = (
+        build("dkd", {})(Batch(readouts[0], readouts[1:], labels, 99))["dkd"]
+        for labels in (torch.tensor(LABELS[:2]), predicted)
+    )
+    assert few.item() == all_.item() != loss("dkd", {}, [Z_T], Z_S).item()
+
+
 def test_dkd_grows_to_its_weight_over_twenty_epochs() -> None:
     full = loss("dkd", {}, [Z_T], Z_S, epoch=19).item()
     assert loss("dkd", {}, [Z_T], Z_S, epoch=0).item() == pytest.approx(full / 20, rel=1e-5)

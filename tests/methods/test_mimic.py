@@ -72,6 +72,16 @@ def test_each_variant_is_its_formula_times_beta(variant: str, expected: float) -
     assert loss({"variant": variant, "beta": 0.5}) == pytest.approx(0.5 * expected, rel=1e-5)
 
 
+def test_images_without_labels_are_matched_whatever_the_teacher_predicts() -> None:
+    losses = l2(F_S, F_T) + hashing(F_S, F_T)
+    assert loss({}, LABELS[:1]) == pytest.approx(6 * losses.mean(), rel=1e-5)
+    wrong = Z_T.argmin(1)[:2]
+    assert loss({}, wrong) == pytest.approx(6 * losses[2:].mean(), rel=1e-5)
+    method, teacher = made({}), {"vector": tensor(F_T), "logits": tensor(Z_T)}
+    method(Batch({"vector": tensor(F_S)}, [teacher], torch.from_numpy(LABELS[:4]), 0))
+    assert method.metrics()["teacher_right"].item() == 0.75  # of those with labels
+
+
 def test_default_variant_depends_on_the_teachers_head() -> None:
     assert loss({}) == loss({"variant": "lshl2_s"})
     assert loss({}, classes=0) == loss({"variant": "lshl2"})

@@ -14,11 +14,16 @@ from tests.support import little
 
 @pytest.fixture(scope="module")
 def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run with all methods."""
+    """A run with all methods, which learn from images without labels as well."""
     out = tmp_path_factory.mktemp("runs") / "all"
+    photos = little.photos(out.parent / "photos", {".": 7, "deep/er": 10}, first=5000)
+    (photos / "copy.png").write_bytes(next(data.rglob("*.png")).read_bytes())
+    unlabeled = ("--unlabeled", photos, "--unlabeled-ratio", "0.5")
     weights = ("--weight", "kd=0.25", "--weight", "ce=2")
     every = ("--method", "+".join(methods.METHODS))
-    result = little.job(data, out, cache, *every, *weights, "--balance", "off", "--until", "export")
+    result = little.job(
+        data, out, cache, *every, *weights, *unlabeled, "--balance", "off", "--until", "export"
+    )
     assert result.exit_code == 0, (result.output, result.exception)
     return out
 
@@ -48,6 +53,12 @@ def test_every_method_of_a_sum_gives_its_weighted_loss(of_all: Path) -> None:
             assert sum(losses[name] for name in ("ce", *methods.METHODS)) == pytest.approx(
                 losses["loss"], rel=1e-5
             )
+
+
+def test_report_counts_the_images_without_labels(of_all: Path) -> None:
+    content = little.report(of_all)["data"]
+    assert content["unlabeled"] == 17 and sum(content["left_out"].values()) == 1
+    assert "| without labels | 17 |" in (of_all / "report.md").read_text()
 
 
 def test_report_names_the_papers_of_all_methods(of_all: Path) -> None:

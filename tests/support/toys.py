@@ -30,13 +30,14 @@ ENGINE = Engine("cpu", 1, "fp32")
 POLICY = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)
 
 
-def views(count: int = 24, seed: int = 0) -> Views:
+def views(count: int = 24, seed: int = 0, labeled: int | None = None) -> Views:
+    """Return views of ``count`` images; only the first ``labeled`` have labels, by default all."""
     arrays = [picture(i % CLASSES, i, SIDE, SIDE) for i in range(count)]
     images = [Image(str(i), i % CLASSES, hash_array(a), a) for i, a in enumerate(arrays)]
     keys = torch.tensor([int(image.key[:16], 16) >> 1 for image in images])
     data = torch.from_numpy(np.concatenate([a.reshape(-1, 3) for a in arrays]))
     pixels = pack_pixels(data, torch.full((count, 2), SIDE))
-    return Views(torch.tensor([i.label for i in images]), keys, POLICY, seed, SIDE, pixels)
+    return Views(torch.tensor([i.label for i in images[:labeled]]), keys, POLICY, seed, SIDE, pixels)
 
 
 def plan(**changes: Any) -> Plan:

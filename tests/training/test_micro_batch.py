@@ -21,8 +21,8 @@ from tests.support.toys import distillation, plan, views
 from tests.training.test_ranks import SHAPES, TEACHER_READS, Kd, KdParameters, without_batch_norm
 
 
-def batch(size: int) -> Batch:
-    given = views(size)
+def batch(size: int, labeled: int | None = None) -> Batch:
+    given = views(size, labeled=labeled)
     pixels, labels = given.batch(torch.arange(size), torch.zeros(size, dtype=torch.int64))
     return Batch(pixels, labels, given.keys, None)
 
@@ -56,11 +56,15 @@ def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[d
 
 
 @pytest.mark.parametrize("make", [quest, kd])
-@pytest.mark.parametrize("size", [2, 3, 4, 7])
-def test_micro_batches_have_the_gradients_and_losses_of_the_batch(make: Any, size: int) -> None:
-    given = batch(16)
-    whole, at_once = gradients(make(), given, None)
-    parts, summed = gradients(make(), given, size)
+@pytest.mark.parametrize(("size", "labeled"), [(2, None), (3, None), (4, None), (7, None), (3, 11), (2, 5)])
+def test_micro_batches_have_the_gradients_and_losses_of_the_batch(
+    make: Any, size: int, labeled: int | None
+) -> None:
+    given, tasks = batch(16, labeled), [make(), make()]
+    for task in tasks:
+        task.student.labeled_fraction = len(given.labels) / 16
+    whole, at_once = gradients(tasks[0], given, None)
+    parts, summed = gradients(tasks[1], given, size)
     assert whole.keys() == parts.keys() and len(whole) > 10
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
@@ -80,6 +84,15 @@ def test_micro_batches_are_even_and_have_at_least_two_images(
     found = list(batch(images).split(size))
     assert [len(part) for part in found] == parts
     assert torch.equal(torch.cat([part.keys for part in found]), batch(images).keys)
+
+
+def test_every_micro_batch_has_its_part_of_the_labeled_images_first() -> None:
+    given = batch(16, labeled=5)
+    found = list(given.split(2))
+    assert [(len(part), len(part.labels)) for part in found] == [(3, 1), (3, 1), (3, 1), (3, 1), (4, 1)]
+    assert torch.equal(torch.cat([part.labels for part in found]), given.labels)
+    assert torch.equal(torch.stack([part.keys[0] for part in found]), given.keys[:5])
+    assert torch.equal(torch.cat([part.keys[1:] for part in found]), given.keys[5:])
 
 
 def test_gradient_ratio_of_micro_batches_is_that_of_the_batch() -> None:

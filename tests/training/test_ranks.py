@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "quest from the store": {"method": "quest", "store": True},
     "balanced": {"method": "kd", "balance": True, "weights": {"kd": 5.0}},
     "in parts": {"method": "quest", "micro_batch": 3},
+    "unlabeled from the store": {"method": "quest", "store": True, "unlabeled": 6, "micro_batch": 4},
     "with a running mean": {"method": "kd", "ema": 0.9},
     "with a layer for another width": {"method": "mimic", "widened": 64},
     "with batch norm": {"method": "kd", "frozen": False},
@@ -106,7 +107,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     if ranks.count > 1:
         task.prepare_distributed()
     seen, views_of = views(170), ViewSchedule(views().policy, 0, 2 if o.get("store") else None)
-    given = views(83)
+    given = views(94, labeled=83) if "unlabeled" in o else views(83)
     store = a_store(method, given, teacher, folder / "cache", ranks) if o.get("store") else None
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
     answers: list[Tensor] = []
@@ -120,7 +121,8 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
         count_down(task, stop_after if ranks.rank == ranks.count - 1 else None)
     epochs: list[Epoch] = []
     train(
-        task, given, plan(epochs=2, optimizer="sgd", lr=0.005, micro_batch=o.get("micro_batch")),
+        task, given, plan(epochs=2, optimizer="sgd", lr=0.005,
+                          **{key: o[key] for key in ("micro_batch", "unlabeled") if key in o}),
         Checkpoint(folder / f"{case}.pt", "key"), training="student", evaluate=measured, show=lambda *_: None,
         log=epochs.append, schedule=views_of, cache=store, ranks=ranks,
     )  # fmt: skip
@@ -218,7 +220,7 @@ def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path
     def arrays(root: Path) -> dict[str, bytes]:
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("cache/**/*.npy")}
 
-    assert arrays(trained) == arrays(alone) and len(arrays(trained)) == 6
+    assert arrays(trained) == arrays(alone) and len(arrays(trained)) == 2 * 6
     assert not list((trained / "cache").rglob("*.part"))
 
 

@@ -55,6 +55,7 @@ KINDS: dict[str, tuple[Callable[[], DistillationTask], dict[str, Any]]] = {
     "average": (lambda: supervised(average_last=2), {}),
     "balance": (lambda: distillation(balance=True, weights={"quest": 100.0}), {}),
     "parts": (distillation, {"micro_batch": 3}),
+    "unlabeled": (distillation, {"unlabeled": 5, "micro_batch": 7}),
 }
 
 
@@ -70,9 +71,10 @@ def learn(task: DistillationTask, file: Path, stop_after: int | None = None, **c
             signal.raise_signal(signal.SIGTERM)
 
     task.end_step = end_step  # type: ignore[method-assign]
+    given = views(47, labeled=40) if "unlabeled" in changes else views(40)
     with STOP.handle_signals():
         train(
-            task, views(40), plan(**changes), Checkpoint(file, "key"), training="student",
+            task, given, plan(**changes), Checkpoint(file, "key"), training="student",
             evaluate=lambda _: None, show=lambda *_: None, log=epochs.append,
         )  # fmt: skip
     return epochs

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
@@ -11,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import geometry
+from questpress.pipeline.data.views import ViewSchedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.loop import Batch, BatchSource
 from questpress.pipeline.training.optimizer import build_optimizer, build_scheduler
 from questpress.pipeline.training.weights import Checkpoint
 
@@ -139,6 +143,35 @@ def test_views_and_their_order_follow_from_seed_and_epoch_alone():
     assert torch.equal(first, drawn(0, 0)[0])
     for other in (drawn(0, 1), drawn(1, 0)):
         assert not torch.equal(first, other[0]) and not torch.equal(labels, other[1])
+
+
+def test_steps_have_the_same_labeled_images_and_a_fixed_number_of_others():
+    def drawn(unlabeled: int, epoch: int, begun: int = 0) -> list[Batch]:
+        given = views(31, labeled=24)
+        schedule = ViewSchedule(given.policy, given.seed)
+        source = BatchSource(given, schedule, None, plan(unlabeled=unlabeled), Ranks(), torch.device("cpu"))
+        return list(source.batches(epoch, 3, begun))
+
+    seen: Counter[int] = Counter()
+    for epoch in range(7):
+        both, alone = drawn(5, epoch), drawn(0, epoch)
+        for some, labeled in zip(both, alone, strict=True):
+            assert len(some) == 13 and torch.equal(some.labels, labeled.labels)
+            assert torch.equal(some.pixels[:8], labeled.pixels) and torch.equal(some.keys[:8], labeled.keys)
+            seen.update(some.keys[8:].tolist())
+        resumed = drawn(5, epoch, begun=2)[0]
+        assert torch.equal(resumed.pixels, both[2].pixels)
+    assert set(seen.values()) == {15} and len(seen) == 7  # 7 epochs of 3 steps of 5 images
+
+
+def test_cross_entropy_is_the_mean_over_the_labeled_images_and_the_methods_loss_over_all():
+    images, labels = views().batch(torch.arange(24), torch.zeros(24, dtype=torch.int64))
+    task = distillation().eval()
+    alone, every = task(images[:6], labels[:6]), task(images, labels)
+    task.student.labeled_fraction = 0.25
+    result = task(images, labels[:6])
+    assert result["ce"].item() == pytest.approx(alone["ce"].item(), rel=1e-5)
+    assert result["quest"].item() == every["quest"].item()
 
 
 def test_weights_are_independent_of_earlier_random_draws(tmp_path):

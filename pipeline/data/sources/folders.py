@@ -176,7 +176,7 @@ def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[lis
     if inner := _find_inner_splits(scan, shown, folders):
         return *_assign_splits(inner, {split: split for split in inner}, for_training), True
     classes = _class_names(folders)
-    files = [(file, label) for label, folder in enumerate(folders) for file in _find_images(scan, folder)]
+    files = [(file, label) for label, folder in enumerate(folders) for file in find_images(scan, folder)]
     if not files:
         raise UsageError(f"The folders in {shown} contain no images.")
     return classes, {"train": files}, False
@@ -216,7 +216,7 @@ def _find_inner_splits(
         images: dict[Split, dict[str, list[Path]]] = {split: {} for split in splits.values()}
         for name, inner in zip(_class_names(list(contents)), contents.values(), strict=True):
             for path in inner:
-                images[splits[path.name]].setdefault(name, []).extend(_find_images(scan, path))
+                images[splits[path.name]].setdefault(name, []).extend(find_images(scan, path))
         return images
     common = sorted(set.intersection(*({path.name for path in inner} for inner in contents.values())))
     if len(common) > 1:
@@ -229,7 +229,7 @@ def _find_inner_splits(
 
 
 def _has_images(scan: FolderScan, folder: Path) -> bool:
-    return next(_find_images(scan.copy(), folder), None) is not None
+    return next(find_images(scan.copy(), folder), None) is not None
 
 
 def _check_class_folders(shown: str, folders: Sequence[Path], loose: Sequence[Path]) -> None:
@@ -291,7 +291,7 @@ def _find_split_files(
         names = _class_names(class_folders)
         images[split] = {}
         for name, path in zip(names, class_folders, strict=True):
-            if paths := list(_find_images(scan, path)):
+            if paths := list(find_images(scan, path)):
                 images[split][name] = paths
             else:
                 scan.skip(path, "a class folder without images")
@@ -339,7 +339,7 @@ def _list_folder(scan: FolderScan, folder: Path) -> tuple[list[Path], list[Path]
     return folders, images
 
 
-def _find_images(scan: FolderScan, folder: Path, parents: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def find_images(scan: FolderScan, folder: Path, parents: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Yield the images in a folder and its subfolders."""
     resolved = folder.resolve()
     if resolved in parents:
@@ -347,7 +347,7 @@ def _find_images(scan: FolderScan, folder: Path, parents: frozenset[Path] = froz
         return
     for path in _list_entries(scan, folder):
         if path.is_dir():
-            yield from _find_images(scan, path, parents | {resolved})
+            yield from find_images(scan, path, parents | {resolved})
         elif path.suffix.lower() in EXTENSIONS and path.is_file():
             yield path
         else:

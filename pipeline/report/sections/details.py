@@ -59,6 +59,8 @@ def _data(report: Report) -> Table:
     if data is None:
         return Table("Data", [], [])
     splits = {"training": data.train, "validation": data.val, "test": data.test}
+    if data.unlabeled:
+        splits |= {"without labels": data.unlabeled, "left out as copies": sum(data.left_out.values())}
     note = f"{data.name}; fingerprint {data.fingerprint}. Skipped files: {len(data.skipped):,}. "
     note += f"Groups of identical images: {len(data.duplicates):,}. "
     note += f"Test images with a near copy in another split: {data.near_copies_in_test:,}."
