@@ -1,6 +1,7 @@
 """QuEST's vocabulary: k-means on the teacher's features, notes and errors."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods.base import Features, PrepareContext, Shapes
+from questpress.pipeline.methods.base import Features, PrepareContext, Setup, Shapes
 from questpress.pipeline.methods.quest import vocabulary
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix, Vocabulary, learn_vocabulary
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.hashes import digest
@@ -112,6 +114,27 @@ def test_more_words_than_features_are_refused(tmp_path):
         teacher.learn(4)
     with pytest.raises(UsageError, match=r"quest\.words=5 exceeds the number of features for k-means, 4 "):
         teacher.learn(5)
+
+
+def test_constant_level_of_a_pyramid_is_not_used_by_default(tmp_path):
+    varied = torch.from_numpy(np.random.default_rng(0).normal(size=(9, C, H, W))).float()
+    maps = {"map@0": varied, "map@1": torch.ones(9, C, 2, 2)}
+    shapes = Shapes({read: tuple(f.shape[1:]) for read, f in maps.items()}, None, 2, levels=2)
+    context = replace(
+        Teacher(varied.numpy(), tmp_path).preparation(),
+        student=shapes, teachers=[shapes], features=lambda _t, reads: [{read: maps[read] for read in reads}],
+    )  # fmt: skip
+    notes: list[str] = []
+    prepared = Quest.prepare(Parameters(), replace(context, note=notes.append))
+    assert notes[-1].startswith("level map@1 of toy is not used. All features of the teacher are the same.")
+    assert [
+        term.teacher_level for term in Quest(Parameters(), Setup(shapes, [shapes], prepared.tensors)).terms
+    ] == ["map@0"]
+    with pytest.raises(JobError, match="All features"):
+        Quest.prepare(Parameters(levels=("map@0", "map@1")), context)
+    with pytest.raises(JobError, match="All levels"):
+        maps["map@0"] = torch.ones(9, C, H, W)
+        Quest.prepare(Parameters(), replace(context, seed=1))
 
 
 def test_map_is_pooled_to_the_grid_first(tmp_path):

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
+from ...errors import JobError
 from .. import base
 from . import loss
 from .patches import select_patches
-from .vocabulary import check_words, learn_vocabulary, perplexity
+from .vocabulary import ConstantMap, check_words, learn_vocabulary, perplexity
 
 DELTA = 10.0
 """Default δ; OBoW uses 10 to 15."""
@@ -143,9 +144,16 @@ class Quest(base.Method):
             grids = _grids(parameters, context.student, teacher)
             for level, grid in zip(parameters.levels_of(context.student), grids, strict=True):
                 read = level_name(level, teacher)
-                vocabulary = learn_vocabulary(
-                    context, t, read, grid, parameters.words, parameters.iterations, parameters.features
-                )
+                try:
+                    vocabulary = learn_vocabulary(
+                        context, t, read, grid, parameters.words, parameters.iterations, parameters.features
+                    )
+                except ConstantMap as error:
+                    if parameters.levels or not teacher.pyramid:
+                        raise
+                    # A coarse level of a pyramid is constant if no object is of its size.
+                    context.note(f"level {level} of {name} is not used. {error}")
+                    continue
                 tau = parameters.temperature(level, vocabulary.mu)
                 top, lost = loss.choose_top(parameters.top, vocabulary, tau, context.note)
                 tensors[f"{t}.{level}.words"] = vocabulary.words
@@ -155,6 +163,8 @@ class Quest(base.Method):
                 if not facts:
                     fact |= select_patches(context, t, read, grid, vocabulary)
                 facts.append(fact)
+        if not facts:
+            raise JobError("All levels of the teachers' pyramids are constant. Train the teacher longer.")
         summary = "; ".join(
             f"{f['words']} words from {f['features_used']:,} of {f['features']:,} features, perplexity "
             f"{f['perplexity']:.0f}"
@@ -169,6 +179,7 @@ class Quest(base.Method):
             WordPrediction(parameters, setup, t, level)
             for t in range(len(setup.teachers))
             for level in parameters.levels_of(setup.student)
+            if parameters.levels or f"{t}.{level}.words" in setup.prepared
         ]
         self.terms = cast(Sequence[WordPrediction], nn.ModuleList(terms))
 

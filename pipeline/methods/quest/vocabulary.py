@@ -286,11 +286,15 @@ def _choose_storage(
     return MEMORY_LIMIT // (4 * channels), False
 
 
+class ConstantMap(JobError):
+    """A feature map that is the same everywhere, or takes few values, so that its words have no scale."""
+
+
 def measure_words(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
     """Return the words with μ, perplexity, usage and a sample of the features.
 
     Raises:
-        JobError: all features are the same, or each is a word.
+        ConstantMap: all features are the same, or each is a word.
     """
     usage = np.zeros(len(words), np.int64)
     distance = square = 0.0
@@ -302,9 +306,9 @@ def measure_words(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
         usage += np.bincount(word, minlength=len(words))
     rounding = 1e-6 * square  # below fp32's resolution of ‖f‖²
     if not square - float(total @ total) / features.count() > rounding:
-        raise JobError("All features of the teacher are the same. Check its weights and the data.")
+        raise ConstantMap("All features of the teacher are the same. Check its weights and the data.")
     if not distance > rounding:
-        raise JobError(
+        raise ConstantMap(
             f"Each of the teacher's features equals one of the {len(words)} words, so the distances have no "
             "scale. Lower --set quest.words."
         )
