@@ -35,7 +35,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 181, 36_680, 28_120
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 182, 37_110, 28_170
 """Only a new feature may raise these."""
 
 
