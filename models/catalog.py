@@ -27,6 +27,9 @@ from .errors import ModelError, UnknownModel
 
 PROBE_SECONDS = 5.0
 
+GOOD_STUDENTS = ("mobilenetv4_conv_small", "mobilenetv2", "mobilenetv3", "efficientnet_lite0", "resnet18")
+"""Students to try first, as in docs/choosing.md."""
+
 # Licenses that let weights be used, changed and shipped by anyone, for any purpose.
 FREE_LICENSES = frozenset(
     {

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from ...models.build import show_size
 from ..config.limits import MAX_INTEGER
 from ..config.stages import ROUND, get_kind
 from ..errors import UsageError
@@ -21,14 +20,16 @@ from ..evaluation.results import (
     Kind,
     LatencyDifference,
     Machine,
+    Search,
+    Winner,
 )
 from ..report.assemble import assemble
-from ..report.comparison_page import measured_files, render_comparison
+from ..report.comparison_page import comparison_csv, measured_files, render_comparison
 from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
 from ..report.summary import describe_machine, list_missing
 from ..runs.artifacts import PREDICTIONS_FILE, Predictions, read_predictions
-from ..runs.files import check_writable, command_line, shorten_paths, to_csv, write_text
+from ..runs.files import check_writable, command_line, shorten_paths, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
@@ -157,7 +158,11 @@ def _summarize_file(column: Column | None, kind: Kind, threads: int | None) -> C
 
 
 def compare(
-    paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, threads: int | None = None
+    paths: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    search: Search | None = None,
 ) -> Comparison:
     """Compare runs by their reports, as ``compress compare`` does. Nothing is measured.
 
@@ -166,6 +171,7 @@ def compare(
         out: folder of comparison.html, .md, .csv and .json; ``comparison`` by default.
         threads: number of threads of the compared latencies; by default the smallest at which most runs were
             timed.
+        search: how a sweep chose these runs; the run that ships is added.
 
     Returns:
         The content of ``comparison.json``.
@@ -182,7 +188,8 @@ def compare(
     runs = find_runs(sources)
     threads = _choose_threads(runs, threads)
     summaries = {run.name: summarize_run(run, threads) for run in runs}
-    groups = group_runs(list(summaries.values()), {run.name: read_run_predictions(run) for run in runs})
+    predictions = {run.name: read_run_predictions(run) for run in runs}
+    groups = group_runs(list(summaries.values()), predictions)
     data = ", ".join(dict.fromkeys(group.data for group in groups if group.data))
     comparison = Comparison(
         title=plural(len(runs), "run") + (f" on {data}" if data else ""),
@@ -192,6 +199,7 @@ def compare(
         groups=groups,
         warnings=[*_list_warnings(list(summaries.values()), groups), *_list_disturbed(runs, threads)],
         notes=_list_notes(groups, threads),
+        search=search and choose_winner(search, list(summaries.values()), predictions),
         folder=str(folder),
     )
     texts = {
@@ -329,6 +337,32 @@ def _compare(
     return difference.model_copy(update={"p": test.p, "low": test.low, "high": test.high})
 
 
+def choose_winner(
+    search: Search, runs: Sequence[ComparedRun], predictions: Mapping[str, Predictions | None]
+) -> Search:
+    """Add the run that ships: the most accurate one within the budget, or a faster one that is not worse.
+
+    Latency is that of the shipped file. A run is not worse if its accuracy does not differ significantly.
+    """
+    files = [(run, run.ships) for run in sorted(runs, key=_best_first) if run.ships]
+    budget = search.max_latency
+    allowed = [(run, f) for run, f in files if budget is None or (f.p50 is not None and f.p50 <= budget)]
+    scores = [(run, file.score) for run, file in allowed if file.score]
+    if not scores:
+        return search
+    differences = {d.run: d for d in compare_scores(scores, predictions)}
+    best = scores[0][0]
+    tied = [run for run, _ in scores if run is best or differences[run.name].within_noise]
+    here = [machine for machine in group_by_machine(tied) if best.name in machine.runs]
+    timed = [run for run in tied if here and run.name in here[0].runs] or [best]
+    fastest = next((run for run in tied if here and run.name == here[0].runs[0]), best)
+    # Of those that are as fast, the most accurate one.
+    chosen = next(run for run in timed if run is fastest or _compare_latency(run, fastest) == "no difference")
+    reason: Literal["most accurate", "faster"] = "most accurate" if chosen is best else "faster"
+    winner = Winner(run=chosen.name, reason=reason, difference=differences.get(chosen.name))
+    return search.model_copy(update={"winner": winner})
+
+
 def _select_predictions(
     run: ComparedRun, predictions: Mapping[str, Predictions | None]
 ) -> tuple[Predictions, str] | None:
@@ -376,48 +410,3 @@ def _compare_latency(run: ComparedRun, fastest: ComparedRun) -> Literal["no diff
     if not file or not reference or file.p50_low is None or reference.p50_high is None:
         return "unknown"
     return "slower" if file.p50_low > reference.p50_high else "no difference"
-
-
-def comparison_csv(comparison: Comparison) -> str:
-    """Return a row for each run, with unrounded numbers."""
-    rows = [_row(comparison.run(name), group) for group in comparison.groups for name in group.runs]
-    return to_csv([list(rows[0]), *(row.values() for row in rows)])
-
-
-def _row(run: ComparedRun, group: Group) -> dict[str, object]:
-    difference = next((d for d in group.accuracies if d.run == run.name), None)
-    columns = ("method", "teacher", "student", "image_size", "parameters")
-    row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in columns}}
-    row["image_size"] = show_size(run.image_size)
-    for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
-        score, speedup = (file.score, file.speedup) if file is not None else (None, None)
-        row |= {
-            f"{kind}_bytes": file and file.bytes,
-            f"{kind}_score": score and score.percent,
-            f"{kind}_low": score and score.low,
-            f"{kind}_high": score and score.high,
-            f"{kind}_ece": file and file.ece,
-            f"{kind}_p50_ms": file and file.p50,
-            f"{kind}_p50_low": file and file.p50_low,
-            f"{kind}_p50_high": file and file.p50_high,
-        }
-        if kind != "teacher":
-            row |= {
-                f"{kind}_speedup": speedup and speedup.ratio,
-                f"{kind}_speedup_low": speedup and speedup.low,
-                f"{kind}_speedup_high": speedup and speedup.high,
-                f"{kind}_speedup_clock": speedup and speedup.clock,
-            }
-    return row | {
-        "points_to_best": 0.0 if run.name == group.best else difference and difference.points,
-        "p_holm": difference and difference.p_holm,
-        "paired": difference and difference.paired,
-        "within_noise": True if run.name == group.best else difference and difference.within_noise,
-        "training_seconds": run.training_seconds,
-        "seed": run.seed,
-        "data": run.data,
-        "fingerprint": run.fingerprint,
-        "test_images": group.n,
-        "machine": run.machine,
-        "missing": "; ".join(run.missing),
-    }

@@ -58,7 +58,11 @@ run.params += run_options()
 
 
 @click.command(cls=GroupedCommand)
-@click.option("--students", metavar="NAME,NAME,…", help="timm names of the students [default: --student]")
+@click.option(
+    "--students",
+    metavar="NAME,NAME,…",
+    help="timm names of the students, or auto for a short list of good ones [default: --student]",
+)
 @click.option(
     "--student-sizes",
     metavar="S,S,…",
@@ -69,8 +73,26 @@ run.params += run_options()
     metavar="METHOD,METHOD,…",
     help="distillation methods, such as none,kd,quest+kd [default: --method]",
 )
-def sweep(students: str | None, student_sizes: str | None, methods: str | None, **options: Any) -> None:
-    """Distill several students, or one at several image sizes or by several methods, from one teacher.
+@click.option(
+    "--max-latency",
+    metavar="MS",
+    help="train only students with this median latency here, such as 5ms: int8 or fp32, one thread",
+)
+@click.option(
+    "--keep",
+    metavar="N",
+    type=int,
+    help="train fully only the best N, chosen on val images by ever longer trainings [default: all]",
+)
+def sweep(
+    students: str | None,
+    student_sizes: str | None,
+    methods: str | None,
+    max_latency: str | None,
+    keep: int | None,
+    **options: Any,
+) -> None:
+    """Search for the right student: distill several, at several sizes or by several methods.
 
     Every student has a run folder below --out, and comparison/ there compares them. The other options are
     those of `run`; --set and --weight apply to the runs with their method. Running the same command again
@@ -84,6 +106,8 @@ def sweep(students: str | None, student_sizes: str | None, methods: str | None, 
             students=[name.strip() for name in students.split(",")] if students else [],
             methods=[name.strip() for name in methods.split(",")] if methods else [],
             student_sizes=student_sizes.split(",") if student_sizes else [],
+            max_latency=max_latency,
+            keep=keep,
             **select_given(options),
         ),
         resumable=True,

@@ -33,7 +33,11 @@ class GroupedCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 name = str(parameter.name)
-                other = GROUPS[0] if name in ("students", "student_sizes", "methods") else GROUPS[-1]
+                other = (
+                    GROUPS[0]
+                    if name in ("students", "student_sizes", "methods", "max_latency", "keep")
+                    else GROUPS[-1]
+                )
                 records[get_group(name) if name in Options.model_fields else other].append(record)
         for heading, rows in records.items():
             _write_section(formatter, heading, rows)

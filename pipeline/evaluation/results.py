@@ -209,6 +209,57 @@ class Group(Result):
     machines: list[Machine] = []
 
 
+class UntrainedLatency(Result):
+    """Median latency of a student with random weights, of one image on one thread, in milliseconds."""
+
+    candidate: str
+    """Name of its run folder without the method."""
+    fp32: float
+    int8: float
+    setup: str = ""
+    """What the latency depends on: the network, its input, and the machine."""
+
+    @property
+    def best(self) -> float:
+        return min(self.fp32, self.int8)
+
+
+class Trial(Result):
+    """A short training of a candidate in a sweep's successive halving."""
+
+    run: str
+    epochs: int
+    val_score: Score
+    """Without its classes."""
+    kept: bool
+    """True if the candidate is trained further."""
+
+
+class Winner(Result):
+    """The student of a sweep that ships."""
+
+    run: str
+    reason: Literal["most accurate", "faster"]
+    """Faster: not significantly less accurate than the most accurate one."""
+    difference: AccuracyDifference | None = None
+    """To the most accurate run within the budget, unless it is this one."""
+
+
+class Search(Result):
+    """How a sweep chose among its candidates."""
+
+    max_latency: float | None = None
+    """The budget in milliseconds."""
+    latencies: list[UntrainedLatency] = []
+    """Empty without a budget."""
+    over: list[str] = []
+    """Candidates over the budget, which were not trained."""
+    trials: list[Trial] = []
+    """Those of the last command, in the order in which they were compared."""
+    winner: Winner | None = None
+    """None if no shipped file was measured within the budget."""
+
+
 class Comparison(Result):
     """Runs compared by their reports."""
 
@@ -221,6 +272,8 @@ class Comparison(Result):
     groups: list[Group]
     warnings: list[str] = []
     notes: list[str] = []
+    search: Search | None = None
+    """Of a sweep."""
     folder: str | None = None
 
     def run(self, name: str) -> ComparedRun:

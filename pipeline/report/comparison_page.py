@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from math import isfinite
 
 from ...models.build import show_size
-from ..evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
+from ..evaluation.results import (
+    AccuracyDifference,
+    ComparedFile,
+    ComparedRun,
+    Comparison,
+    Group,
+    Machine,
+    Search,
+)
+from ..runs.files import to_csv
 from . import format
 from .charts import Chart
 from .page import Page, Section
@@ -29,6 +38,8 @@ def render_comparison(comparison: Comparison) -> dict[str, str]:
 
 def comparison_page(comparison: Comparison) -> Page:
     groups = [_section(comparison, group, i) for i, group in enumerate(comparison.groups, 1)]
+    if comparison.search is not None:
+        groups.insert(0, _search_section(comparison, comparison.search))
     run_folders = [
         [run.name, run.source, run.machine or format.MISSING, run.fingerprint or format.MISSING]
         for run in comparison.runs
@@ -63,6 +74,61 @@ def _section(comparison: Comparison, group: Group, number: int) -> Section:
         tables=[_table(comparison, group)],
         folded=[_other_files(comparison, group), _trainings(comparison, group)],
     )
+
+
+def _search_section(comparison: Comparison, search: Search) -> Section:
+    latencies = [
+        [
+            measured.candidate,
+            format.milliseconds(measured.fp32),
+            format.milliseconds(measured.int8),
+            "over the budget, not trained" if measured.candidate in search.over else "within the budget",
+        ]
+        for measured in sorted(search.latencies, key=lambda measured: measured.best)
+    ]
+    trials = [
+        [trial.run, str(trial.epochs), format.score(trial.val_score), "kept" if trial.kept else "dropped"]
+        for trial in search.trials
+    ]
+    return Section(
+        "The student that ships",
+        "search",
+        text=describe_search(comparison, search),
+        tables=[
+            Table("Latency before training", ["student", "fp32", "int8", ""], latencies),
+            Table("Short trainings", ["run", "epochs", "on val images", ""], trials),
+        ],
+    )
+
+
+def describe_search(comparison: Comparison, search: Search) -> list[str]:
+    """Return which student ships and why, and which candidates were dropped."""
+    budget = "" if search.max_latency is None else f" within {format.milliseconds(search.max_latency)}"
+    sentences = []
+    if search.winner is None:
+        sentences.append(f"No student ships: no exported file was measured{budget}.")
+    else:
+        winner = search.winner
+        file = comparison.run(winner.run).ships
+        assert file is not None and file.score is not None
+        latency = "" if file.p50 is None else f", {format.milliseconds(file.p50)}"
+        why = f"the most accurate{budget}"
+        if winner.difference is not None:
+            difference = describe_difference(winner.difference, file.score.n)
+            why = f"faster and not significantly worse than {winner.difference.best} ({difference})"
+        sentences.append(f"Ships: {winner.run}, {format.score(file.score)}, {file.kind}{latency}; {why}.")
+    if search.over:
+        latencies = {measured.candidate: measured.best for measured in search.latencies}
+        names = ", ".join(f"{name} ({format.milliseconds(latencies[name])})" for name in search.over)
+        sentences.append(f"Over the budget before training: {names}.")
+    if dropped := [trial for trial in search.trials if not trial.kept]:
+        names = ", ".join(
+            f"{trial.run} (after {format.plural(trial.epochs, 'epoch')}, "
+            f"{format.score_percent(trial.val_score)} on val images)"
+            for trial in dropped
+        )
+        sentences.append(f"Dropped after a short training: {names}.")
+    return sentences
 
 
 def _title(group: Group) -> str:
@@ -231,3 +297,48 @@ def terminal_table(comparison: Comparison, group: Group) -> Table:
     latency = "latency" if comparison.threads is None else format.threads(comparison.threads)
     columns = ["", "method", score_name(comparison, group), "95 % interval", latency, "size", ""]
     return Table(_title(group), columns, rows, left=2)
+
+
+def comparison_csv(comparison: Comparison) -> str:
+    """Return a row for each run, with unrounded numbers."""
+    rows = [_row(comparison.run(name), group) for group in comparison.groups for name in group.runs]
+    return to_csv([list(rows[0]), *(row.values() for row in rows)])
+
+
+def _row(run: ComparedRun, group: Group) -> dict[str, object]:
+    difference = next((d for d in group.accuracies if d.run == run.name), None)
+    columns = ("method", "teacher", "student", "image_size", "parameters")
+    row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in columns}}
+    row["image_size"] = show_size(run.image_size)
+    for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
+        score, speedup = (file.score, file.speedup) if file is not None else (None, None)
+        row |= {
+            f"{kind}_bytes": file and file.bytes,
+            f"{kind}_score": score and score.percent,
+            f"{kind}_low": score and score.low,
+            f"{kind}_high": score and score.high,
+            f"{kind}_ece": file and file.ece,
+            f"{kind}_p50_ms": file and file.p50,
+            f"{kind}_p50_low": file and file.p50_low,
+            f"{kind}_p50_high": file and file.p50_high,
+        }
+        if kind != "teacher":
+            row |= {
+                f"{kind}_speedup": speedup and speedup.ratio,
+                f"{kind}_speedup_low": speedup and speedup.low,
+                f"{kind}_speedup_high": speedup and speedup.high,
+                f"{kind}_speedup_clock": speedup and speedup.clock,
+            }
+    return row | {
+        "points_to_best": 0.0 if run.name == group.best else difference and difference.points,
+        "p_holm": difference and difference.p_holm,
+        "paired": difference and difference.paired,
+        "within_noise": True if run.name == group.best else difference and difference.within_noise,
+        "training_seconds": run.training_seconds,
+        "seed": run.seed,
+        "data": run.data,
+        "fingerprint": run.fingerprint,
+        "test_images": group.n,
+        "machine": run.machine,
+        "missing": "; ".join(run.missing),
+    }

@@ -89,6 +89,9 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         console.print(comparison_page.terminal_table(comparison, group).to_rich())
         for sentence in comparison_page.conclusions(comparison, group):
             console.print(Text(sentence), soft_wrap=True)
+    if comparison.search is not None:
+        for sentence in comparison_page.describe_search(comparison, comparison.search):
+            console.print(Text(sentence), soft_wrap=True)
     for warning in comparison.warnings:
         console.print(Text(f"Warning: {warning}"), soft_wrap=True)
     if comparison.folder is not None:
