@@ -142,7 +142,7 @@ class MicroBatch:
         self.context.folder.save()
         self.context.display.warn(
             f"not enough memory for {before} images: each step of {self.plan.images} is computed in "
-            f"micro-batches of {size} (the same gradients, but BatchNorm statistics of micro-batches)"
+            f"micro-batches of {size} (with their BatchNorm statistics and, for dist and mimic, scaling)"
         )
 
 
