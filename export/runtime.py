@@ -878,13 +878,12 @@ class Model:
 
     def _render(
         self, images: Iterable[Pixels | str | Path | bytes], batch_size: int
-    ) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
-        """Yield height and width of up to `batch_size` images at a time, and what is rendered of them."""
+    ) -> Iterator[tuple[list[Any], list[Pixels], np.ndarray]]:
+        """Yield up to `batch_size` images at a time, their decoded pixels, and what is rendered of them."""
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
-            sizes = [_original_size(image, pixels) for image, pixels in zip(chunk, decoded)]
-            yield sizes, np.stack([render(image, self.preprocessing) for image in decoded])
+            yield chunk, decoded, np.stack([render(image, self.preprocessing) for image in decoded])
 
 
 def open_model(
@@ -1012,7 +1011,7 @@ class Classifier(Model):
         Raises ImageError if one cannot be read.
         """
         predictions = []
-        for _, pixels in self._render(images, batch_size):
+        for *_, pixels in self._render(images, batch_size):
             for row in self.probabilities(self.predict_logits(pixels)):
                 order = np.argsort(-row, kind="stable")
                 best = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
@@ -1253,9 +1252,12 @@ class Detector(Model):
         image cannot be read.
         """
         return [
-            self._locate(rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)], size)
-            for sizes, pixels in self._render(images, batch_size)
-            for size, rows in zip(sizes, self.detections(self.to_input(pixels)))
+            self._locate(
+                rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)],
+                _original_size(image, pixels),
+            )
+            for chunk, decoded, rendered in self._render(images, batch_size)
+            for image, pixels, rows in zip(chunk, decoded, self.detections(self.to_input(rendered)))
         ]
 
     def _locate(self, rows: np.ndarray, size: tuple[int, int]) -> list[Detection]:
