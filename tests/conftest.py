@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def busy_machine() -> Iterator[None]:
+def machine() -> Iterator[None]:
     """Report wall time on a busy machine too, which test_disturbed.py tests, and do not wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("questpress.export.latency.noise.MAX_TAKEN", float("inf"))

@@ -293,7 +293,7 @@ def _measure(
                 progress=lambda fraction, step: progress.update("timing", fraction, 1.0, more=step),
             )
         stored |= {m.candidate: m.model_copy(update={"setup": setups[m.candidate]}) for m in measured}
-        _record(file, Search(max_latency=None, latencies=[*stored.values()]))
+        _record(file, Search(latencies=[*stored.values()]))
     return stored
 
 
