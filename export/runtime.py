@@ -1048,8 +1048,10 @@ class AnchorLevel:
 
 
 _DECODED_KINDS = ("retinanet", "ssdlite")
+_REGION_KINDS = ("fasterrcnn",)
 _MAX_ANCHORS = 1 << 22
 _MAX_BOXES = 100_000  # candidates of a level, or detections of an image
+_MIN_SIDE = 0.01  # of a detected box of a region in pixels, as in torchvision
 _MAX_LOG_RATIO = np.float32(math.log(1000 / 16))  # of a box to its anchor, as torchvision's BoxCoder
 
 
@@ -1078,8 +1080,11 @@ class Decoder:
     @classmethod
     def from_dict(cls, values: Any) -> Decoder:
         """Raise ValueError if `values` is not a decoder that this version supports."""
-        if not isinstance(values, Mapping) or values.get("kind") not in _DECODED_KINDS:
-            raise ValueError(f"decoder must be of kind {' or '.join(_DECODED_KINDS)}")
+        kinds = (*_DECODED_KINDS, *_REGION_KINDS)
+        if not isinstance(values, Mapping) or values.get("kind") not in kinds:
+            raise ValueError(f"decoder must be of kind {' or '.join(kinds)}")
+        if values["kind"] in _REGION_KINDS:
+            cls = RegionDecoder
         try:
             levels = tuple(
                 AnchorLevel(
@@ -1111,6 +1116,10 @@ class Decoder:
         """Number of anchors."""
         return sum(level.count for level in self.anchors)
 
+    def outputs(self, labels: int) -> dict[str, int]:
+        """Return the names of the model's outputs [batch, count, columns], and their columns."""
+        return {"logits": labels, "boxes": 4}
+
     @cached_property
     def boxes(self) -> np.ndarray:
         """All anchors, float32 [count, 4], in pixels of the input."""
@@ -1131,10 +1140,16 @@ class Decoder:
             indices.append(above[best] + start * classes)
             scores.append(probabilities[best])
             start += level.count
-        score = np.concatenate(scores)
+        anchors, labels = np.divmod(np.concatenate(indices), classes)
+        return self._select(np.concatenate(scores), labels, offsets[anchors], self.boxes[anchors], size)
+
+    def _select(
+        self, score: np.ndarray, labels: np.ndarray, offsets: np.ndarray, anchors: np.ndarray, size: Size
+    ) -> np.ndarray:
+        """Return the detections among candidates: scores, labels, offsets, and boxes that they refer to."""
         order = np.argsort(-score, kind="stable")
-        score, (anchors, labels) = score[order], np.divmod(np.concatenate(indices)[order], classes)
-        boxes = self._decode_boxes(offsets[anchors], self.boxes[anchors])
+        score, labels = score[order], labels[order]
+        boxes = self._decode_boxes(offsets[order], anchors[order])
         height, width = height_width(size)
         sides = np.array([width, height, width, height], dtype=np.float32)
         boxes = boxes.clip(0, sides)
@@ -1149,6 +1164,37 @@ class Decoder:
         centers = offsets[:, :2] * sides + (anchors[:, :2] + np.float32(0.5) * sides)
         halves = np.float32(0.5) * (np.exp(np.minimum(offsets[:, 2:], _MAX_LOG_RATIO)) * sides)
         return np.concatenate([centers - halves, centers + halves], axis=1)
+
+
+class RegionDecoder(Decoder):
+    """How scores and offsets of regions become detections: `RoIHeads.postprocess_detections` of torchvision.
+
+    Scores are softmax, background first. There are no anchors, but `candidates` regions of each image, in
+    pixels of the input; unused ones are 0. All pairs of region and class above `score_threshold` are decoded
+    as those of `Decoder`, except boxes with a side below .01 pixels.
+    """
+
+    @property
+    def count(self) -> int:
+        """Number of regions."""
+        return self.candidates
+
+    def outputs(self, labels: int) -> dict[str, int]:
+        return {"logits": 1 + labels, "boxes": 4, "regions": 4}
+
+    def decode(  # type: ignore[override]
+        self, logits: np.ndarray, offsets: np.ndarray, regions: np.ndarray, size: Size
+    ) -> np.ndarray:
+        """Decode the outputs of one image, float32 [count, 1 + classes], [count, 4] and [count, 4]."""
+        used = np.flatnonzero((regions[:, 2:] > regions[:, :2]).all(axis=1))
+        probabilities = softmax(logits[used])[:, 1:].astype(np.float32)
+        rows, labels = np.nonzero(probabilities > np.float32(self.score_threshold))
+        height, width = height_width(size)
+        clipped = self._decode_boxes(offsets[used], regions[used]).clip(0, [width, height, width, height])
+        is_large = (clipped[rows, 2:] - clipped[rows, :2] >= _MIN_SIDE).all(axis=1)
+        rows, labels = rows[is_large], labels[is_large]
+        chosen = used[rows]
+        return self._select(probabilities[rows, labels], labels, offsets[chosen], regions[chosen], size)
 
 
 def _check_cell(values: Any) -> tuple[float, float, float, float]:
@@ -1205,9 +1251,9 @@ class Detector(Model):
         super().__init__(model, name, threads=threads, preprocessing=preprocessing, labels=labels)
         decoder = decoder or (None if self._own is None else self._own.decoder)
         shapes = {output.name: output.shape for output in self.session.get_outputs()}
-        if decoder is None or not {"logits", "boxes"} <= shapes.keys():
+        if decoder is None or not decoder.outputs(0).keys() <= shapes.keys():
             raise ArtifactError(f"{name} is not a detector")
-        for output, columns in (("logits", len(self.labels)), ("boxes", 4)):
+        for output, columns in decoder.outputs(len(self.labels)).items():
             expected = (decoder.count, columns)
             sizes = zip(shapes[output][1:], expected)
             if len(shapes[output]) != 3 or any(isinstance(n, int) and n != m for n, m in sizes):
@@ -1226,15 +1272,16 @@ class Detector(Model):
         detections = np.zeros((len(batch), self.decoder.detections, 6), dtype=np.float32)
         if len(batch) == 0:
             return detections
-        logits, offsets = self._run(batch, ["logits", "boxes"])
-        for output, columns in ((logits, len(self.labels)), (offsets, 4)):
+        expected_columns = self.decoder.outputs(len(self.labels))
+        outputs = self._run(batch, list(expected_columns))
+        for output, columns in zip(outputs, expected_columns.values(), strict=True):
             shape, expected = output.shape, (len(batch), self.decoder.count, columns)
             if shape != expected or output.dtype != np.float32:
                 raise ArtifactError(f"{self.name} must return float32 of shape {expected}, got {shape}")
             if not np.isfinite(output).all():
                 raise ArtifactError(f"{self.name} returns outputs that are not finite")
-        for row, *image in zip(detections, logits, offsets):
-            row[:] = self.decoder.decode(image[0], image[1], self.preprocessing.size)
+        for row, *image in zip(detections, *outputs):
+            row[:] = self.decoder.decode(*image, self.preprocessing.size)
         return detections
 
     infer = detections

@@ -62,7 +62,7 @@ ALIASES: dict[str, str] = {
     "dinov3_large": "vit_large_patch16_dinov3",
 }
 
-DETECTORS = ("retinanet", "ssdlite")
+DETECTORS = ("fasterrcnn", "retinanet", "ssdlite")
 """Kinds of detectors, which are named `KIND:BACKBONE`."""
 
 DETECTOR_IMAGE_SIZE = 320
@@ -337,10 +337,10 @@ def create_network(
     network: nn.Module
     try:
         if kind:
-            from .detection.network import DenseDetector, create_backbone
+            from .detection import build_detector
 
             height, width = to_2tuple(image_size)
-            network = DenseDetector(kind, create_backbone(name, **options), num_classes, (height, width))
+            network = build_detector(kind, name, num_classes, (height, width), **options)
         else:
             network = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except UnknownModel:

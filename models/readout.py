@@ -39,6 +39,8 @@ class Shapes:
     levels: tuple[tuple[int, int, int], ...] = ()
     map_pre: tuple[int, int, int] | None = None
     towers: tuple[tuple[int, int, int], ...] = ()
+    region_vector: int | None = None
+    region_levels: int = 0
 
 
 class Readouts(nn.Module):
@@ -112,8 +114,11 @@ class Readouts(nn.Module):
                 f"with a vector of {self.shapes.vector} numbers."
             )
 
-    def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
-        """Return the requested features of images [B,3,H,W] by name, and compute nothing else."""
+    def forward(self, x: Tensor, reads: Reads = LOGITS, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the requested features of images [B,3,H,W] by name, and compute nothing else.
+
+        `labels` are used by networks whose features in training depend on them, two-stage detectors.
+        """
         if reads == LOGITS and self.shapes.logits and not self.compiled:
             return {"logits": self.network(x)}
         self.check(reads)

@@ -206,7 +206,7 @@ def _head_keys(network: nn.Module, target: StateDict) -> set[str]:
 def _count_classes(weights: StateDict, network: nn.Module) -> int | None:
     heads = (weights.get(f"{name}.weight") for name in _classifier_names(network))
     rows = next((int(head.shape[0]) for head in heads if head is not None and head.ndim >= 2), None)
-    return None if rows is None else rows // _count_groups(network)
+    return None if rows is None else rows // _count_groups(network) - _count_background(network)
 
 
 def _count_groups(network: nn.Module) -> int:
@@ -214,12 +214,18 @@ def _count_groups(network: nn.Module) -> int:
     return int(getattr(network, "anchors_per_location", 1))
 
 
+def _count_background(network: nn.Module) -> int:
+    """Return the number of rows of a head before those of the classes."""
+    return int(getattr(network, "background_classes", 0))
+
+
 def _select_rows(value: Tensor, rows: Sequence[int], count: int | None, network: nn.Module) -> Tensor:
     """Return a head's tensor with `rows` of its `count` classes; tensors of another length unchanged."""
-    groups = _count_groups(network)
-    if count is None or value.shape[:1] != (groups * count,):
+    groups, background = _count_groups(network), _count_background(network)
+    if count is None or value.shape[:1] != (groups * (background + count),):
         return value
-    return value[[group * count + row for group in range(groups) for row in rows]]
+    kept = [*range(background), *(background + row for row in rows)]
+    return value[[group * (background + count) + row for group in range(groups) for row in kept]]
 
 
 def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:

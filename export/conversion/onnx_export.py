@@ -71,7 +71,7 @@ def _runs(opset: int) -> bool:
 
 
 OPSET = 18
-OUTPUT, BOXES, BATCH = "logits", "boxes", "batch"
+OUTPUT, BATCH = "logits", "batch"
 MAX_EMBEDDED_BYTES = 1_900_000_000
 """More weights than this go into a second file, as a protobuf message cannot exceed 2 GB."""
 
@@ -103,8 +103,9 @@ def export_onnx(
 ) -> OnnxFile:
     """Write `network` to an ONNX file atomically: input 'input' float32 [batch, 3, H, W] with dynamic batch.
 
-    A detector has a method `exportable`, which returns a module with two outputs, float32 [batch, A, classes]
-    and [batch, A, 4] for A anchors, and a property `decoder`, which is added to the metadata.
+    A detector has a method `exportable`, which returns a module with outputs float32 [batch, A, n] and their
+    `output_names`, and a property `decoder`, which is added to the metadata. Its `onnx_operators`, if it has
+    some, translate operators of its own for torch's exporter.
 
     The graph computes in evaluation mode and float32. Source paths, stack traces and other traces of the
     machine are removed, and the same network gives the same bytes. `network` is not changed. Raises
@@ -112,7 +113,7 @@ def export_onnx(
 
     Args:
         metadata: written as the metadata of the model.
-        output: name of the output, float32 [batch, classes]; a detector's second output is 'boxes'.
+        output: name of a classifier's output, float32 [batch, classes].
         pixels: if given, the input is uint8 [batch, H, W, 3], and the file itself normalizes it.
     """
     check_opset(opset)
@@ -198,10 +199,11 @@ def _exported_part(network: Any) -> Any:
 
 def _trace(network: nn.Module, image_size: runtime.Size, opset: int, output: str) -> onnx_ir.Model:
     network = _unwrap(network)
-    names, dims = ([output, BOXES], 3) if is_detector(network) else ([output], 2)
+    part = _exported_part(network)
+    names, dims = (list(part.output_names), 3) if is_detector(network) else ([output], 2)
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
-        network_copy = merge_branches(_exported_part(network)).requires_grad_(False)
+        network_copy = merge_branches(part).requires_grad_(False)
         network_copy = network_copy.to(memory_format=torch.contiguous_format)
         # A batch of 1 would be exported as a constant.
         size = runtime.height_width(image_size)
@@ -215,6 +217,7 @@ def _trace(network: nn.Module, image_size: runtime.Size, opset: int, output: str
                 output_names=names,
                 dynamic_shapes=({0: torch.export.Dim(BATCH)},),
                 opset_version=opset,
+                custom_translation_table=getattr(network, "onnx_operators", None),
                 external_data=False,
                 verbose=False,
             )
@@ -229,7 +232,7 @@ def _trace(network: nn.Module, image_size: runtime.Size, opset: int, output: str
     if len(inputs) != 1 or len(outputs) != len(names):
         raise ExportError(
             f"{type(network).__name__} has {len(inputs)} inputs and {len(outputs)} outputs. "
-            "A classifier has images and logits, a detector also boxes."
+            f"It must have images and {', '.join(names)}."
         )
     input_shape = inputs[0].shape
     if input_shape is None or isinstance(input_shape[0], int):

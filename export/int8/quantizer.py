@@ -51,7 +51,8 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
     (ViT, Swin, ConvNeXt) or GroupNorm (BiT): products with weights only, as 8 bits cannot represent their
     residual stream (ViT-Tiny: 28 dB of signal to noise instead of 11). Of norms in the heads of detectors,
     only what surrounds them stays float: RetinaNet with MobileNetV2-0.5 is 2.1 times as fast as in float,
-    1.7 times with products only. Products of two activations in attention, and softmax, never become int8:
+    1.7 times with products only. Regions stay float up to their pooled values, as 8 bits are too few
+    for coordinates. Products of two activations in attention, and softmax, never become int8:
     ONNX Runtime 1.31 fuses them incorrectly (3 dB instead of 28).
     """
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -62,7 +63,8 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
             attention.append(node.name)
     if only_products(model):
         return Scope(WEIGHTED, tuple(attention))
-    return Scope(_INTEGER, (*attention, *_around_norms(model)))
+    kept = dict.fromkeys([*attention, *_around_norms(model), *_around_suppression(model)])
+    return Scope(_INTEGER, tuple(kept))
 
 
 def only_products(model: onnx.ModelProto) -> bool:
@@ -84,17 +86,34 @@ def only_products(model: onnx.ModelProto) -> bool:
 
 def _around_norms(model: onnx.ModelProto) -> list[str]:
     """Return the nodes between norms and the next product with weights, and reshapes before norms."""
-    normalized: set[str] = set()
-    around = []
-    for node in model.graph.node:
-        if node.op_type in _NORMS:
-            normalized.update(node.output)
-        elif normalized.intersection(node.input) and node.op_type not in WEIGHTED:
-            normalized.update(node.output)
-            around.append(node)
     read = {name for node in model.graph.node if node.op_type in _NORMS for name in node.input}
-    around += [node for node in model.graph.node if node.op_type == "Reshape" and read & set(node.output)]
-    return [node.name for node in around if node.op_type in _INTEGER]
+    around = [node for node in model.graph.node if node.op_type == "Reshape" and read & set(node.output)]
+    return [node.name for node in (*_after(model, _NORMS), *around) if node.op_type in _INTEGER]
+
+
+def _around_suppression(model: onnx.ModelProto) -> list[str]:
+    """Return the nodes that choose and pool regions: from the products before to those after suppression."""
+    needed: set[str] = set()
+    before = []
+    for node in reversed(model.graph.node):
+        if node.op_type in _SUPPRESSION or (needed & set(node.output) and node.op_type not in WEIGHTED):
+            needed.update(node.input)
+            before.append(node)
+    nodes = (*before, *_after(model, _SUPPRESSION))
+    return [node.name for node in nodes if node.op_type in _INTEGER]
+
+
+def _after(model: onnx.ModelProto, op_types: Collection[str]) -> list[onnx.NodeProto]:
+    """Return the nodes between operators of these types and the next product with weights."""
+    computed: set[str] = set()
+    after = []
+    for node in model.graph.node:
+        if node.op_type in op_types:
+            computed.update(node.output)
+        elif computed.intersection(node.input) and node.op_type not in WEIGHTED:
+            computed.update(node.output)
+            after.append(node)
+    return after
 
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -102,6 +121,7 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 # The exporter writes GroupNorm as InstanceNormalization.
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+_SUPPRESSION = ("NonMaxSuppression",)
 _INTEGER = tuple(sorted({*QDQRegistry, *QLinearOpsRegistry} - {*_NORMS, "Softmax"}))
 
 log = logging.getLogger(__name__)

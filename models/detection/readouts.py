@@ -1,9 +1,13 @@
-"""Readouts of dense detectors: the features that distillation methods use, from one forward pass.
+"""Readouts of detectors: the features that distillation methods use, from one forward pass.
 
 - `map@i` [B,C,h,w]: level i of the feature pyramid (0 the finest, -1 the coarsest); `map` is the finest
 - `tower@i` [B,C,h,w]: the map of level i that the class scores are computed from; RetinaNet heads only
-- `logits` [B,A,K+4]: class logits and box deltas at each anchor
+- `logits` [B,A,K+4]: class logits and box deltas at each anchor; of a two-stage detector the class logits of
+  its regions, [B,R,K+1], or with labels its losses, as these depend on the regions that are sampled
 - `anchors` [A,4]: boxes (x1, y1, x2, y2) in fractions of the image
+- `regions` [B,R,4]: boxes in pixels of the input that a two-stage detector classifies, or with labels is trained
+  on; unused rows are 0
+- `region_vectors` [B,R,D]: the output of the box head, which the class scores of regions are computed from
 """
 
 from collections.abc import Callable
@@ -17,10 +21,10 @@ from ..readout import LOGITS, Readouts, Reads, Shapes
 
 
 class DetectorReadouts(Readouts):
-    """A dense detector that returns features; the network itself is not changed.
+    """A detector that returns features; the network itself is not changed.
 
     Args:
-        network: a `DenseDetector`.
+        network: a `PyramidDetector`.
     """
 
     def __init__(self, network: Any) -> None:
@@ -33,7 +37,13 @@ class DetectorReadouts(Readouts):
         self.level_count = len(levels)
         towers = levels if network.has_tower else ()
         self.shapes = Shapes(
-            map=levels[0], vector=None, logits=network.num_classes, levels=levels, towers=towers
+            map=levels[0],
+            vector=None,
+            logits=network.num_classes,
+            levels=levels,
+            towers=towers,
+            region_vector=network.region_width or None,
+            region_levels=network.region_levels,
         )
 
     @property
@@ -41,7 +51,8 @@ class DetectorReadouts(Readouts):
         """Names of the features of this network; levels with non-negative numbers."""
         levels = [f"map@{level}" for level in range(self.level_count)]
         towers = [f"tower@{level}" for level in range(len(self.shapes.towers))]
-        return frozenset({"map", "logits", "anchors", *levels, *towers})
+        regions = ("regions", "region_vectors") if self.shapes.region_vector else ()
+        return frozenset({"map", "logits", "anchors", *levels, *towers, *regions})
 
     def check(self, reads: Reads) -> None:
         """Raise ModelError if the network does not have all requested features."""
@@ -58,8 +69,8 @@ class DetectorReadouts(Readouts):
             # Sizes do not change during training.
             self.compiled["maps"] = torch.compile(self.network.maps, dynamic=False, mode=mode)
 
-    def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
-        """Return the requested features of images [B,3,H,W] by name."""
+    def forward(self, x: Tensor, reads: Reads = LOGITS, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the requested features of images [B,3,H,W] by name; labels are boxes [B,M,7]."""
         self.check(reads)
         maps = self.compiled.get("maps", self.network.maps)(x)
         height, width = self.network.image_size
@@ -68,10 +79,7 @@ class DetectorReadouts(Readouts):
         features |= {f"map@{level}": tensor for level, tensor in enumerate(maps)}
         needed = {self._from_finest(read) for read in reads}
         if needed - features.keys():
-            towers: list[Tensor] = []
-            with self.network.record_towers(towers):
-                features["logits"] = torch.cat(self.network.predict(maps), dim=2)
-            features |= {f"tower@{level}": tensor for level, tensor in enumerate(towers)}
+            features |= self.network.compute_features(maps, labels)
         return {read: features[self._from_finest(read)] for read in reads}
 
     def _from_finest(self, read: str) -> str:

@@ -41,6 +41,10 @@ class Shapes:
     """0 for a network without a head."""
     levels: int = 0
     """Number of levels of a detector's feature pyramid, ``map@0`` the finest; 0 for a classifier."""
+    region_vector: int | None = None
+    """Numbers in the vector of a two-stage detector's region; None for other networks."""
+    region_levels: int = 0
+    """Number of levels, from the finest, that regions are pooled from."""
 
     @property
     def pyramid(self) -> tuple[str, ...]:
@@ -110,6 +114,8 @@ class PrepareContext:
     sample: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Features]]] | None = None
     """``sample(t, reads, limit)``: up to ``limit`` images for the report, uint8 [B,H,W,3] as teacher ``t``
     receives them, with its features."""
+    weights: Callable[[int], Mapping[str, Tensor]] | None = None
+    """A teacher's weights by name."""
 
 
 @dataclass(frozen=True)

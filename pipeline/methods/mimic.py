@@ -31,7 +31,8 @@ Our choices that the paper leaves open or makes differently:
 - Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
   its part of it, and the loss is the mean over teachers.
 
-Detectors with classification towers have patches in place of the vector: see ``dense_mimic.py``.
+Detectors have patches of classification towers in place of the vector, see ``dense_mimic.py``, or the vectors of
+regions, see ``region_mimic.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +46,8 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..config import TaskName
-from ..errors import JobError, UsageError
-from . import base, dense_mimic
+bafrom ..errors import JobError, UsageError
+from . import base, dense_mimic, region_mimic
 from .quest.vocabulary import FeatureMatrix
 
 Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
@@ -99,15 +99,17 @@ class Parameters(base.Parameters):
         return self
 
     def variant_for(self, teacher: base.Shapes) -> Variant:
-        return self.variant or ("lshl2_s" if teacher.logits and not teacher.towers else "lshl2")
+        return self.variant or ("lshl2_s" if teacher.logits and not teacher.levels else "lshl2")
 
     def beta_for(self, student: base.Shapes) -> float:
-        return self.beta or (DETECTOR_BETA if student.towers else BETA)
+        return self.beta or (DETECTOR_BETA if student.levels else BETA)
 
     def hashes_for(self, teacher: base.Shapes) -> int:
         width = _width(teacher)
         if teacher.towers:
             return self.hashes or min(width, dense_mimic.MAX_HASHES)
+        if teacher.region_vector:
+            return self.hashes or region_mimic.HASHES_PER_NUMBER * width
         return self.hashes or (32 * width if width <= CIFAR_WIDTH else IMAGENET_HASHES)
 
 
@@ -128,12 +130,16 @@ class Mimic(base.Method):
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
+        if network.region_vector:
+            return region_mimic.READS
         return frozenset({*network.towers, "anchors"} if network.towers else {"vector"})
 
     @classmethod
     def teacher_reads(cls, parameters: Parameters, teacher: base.Shapes) -> frozenset[str]:
         if teacher.towers:
             return frozenset(teacher.towers)
+        if teacher.region_vector:
+            return frozenset(region_mimic.teacher_maps(teacher))
         masked = parameters.variant_for(teacher) == "lshl2_s"
         return frozenset({"vector", "logits"} if masked else {"vector"})
 
@@ -146,8 +152,8 @@ class Mimic(base.Method):
                         f"--set mimic.{key}={value} has no effect with mimic.variant=l2, which uses no "
                         "hashes. Remove one of them."
                     )
-        if setup.student.towers:
-            _check_towers(parameters, setup)
+        if setup.student.levels:
+            _check_detectors(parameters, setup)
         if parameters.alone and cls.student_width(parameters, setup) is None:
             raise UsageError(
                 f"--set mimic.alone={parameters.alone} requires a projection, but the student's vector is "
@@ -156,7 +162,7 @@ class Mimic(base.Method):
 
     @classmethod
     def student_width(cls, parameters: Parameters, setup: base.Setup) -> int | None:
-        if setup.student.towers:
+        if setup.student.levels:
             return None
         width = sum(_width(teacher) for teacher in setup.teachers)
         return None if width == setup.student.vector else width
@@ -167,12 +173,16 @@ class Mimic(base.Method):
         tensors: dict[str, Tensor] = {}
         facts: list[Mapping[str, Any]] = []
         for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
+            if teacher.region_vector:
+                assert context.weights is not None
+                head = region_mimic.select_head(context.weights(t))
+                tensors |= {f"{t}.head.{key}": value for key, value in head.items()}
             if parameters.variant_for(teacher) == "l2":
                 continue
             m, std = parameters.hashes_for(teacher), _std(parameters, context, t)
             hashes = _prepare_hashes(parameters, context, t, m, std)
             tensors |= {f"{t}.weight": hashes["weight"], f"{t}.bias": hashes["bias"]}
-            bias = "zero" if teacher.towers else parameters.bias
+            bias = "zero" if teacher.levels else parameters.bias
             facts.append({"teacher": name, "hashes": m, "std": std, "bias": bias})
         lines = [f"{f['hashes']} hashes of {f['teacher']}, s = {f['std']:.3g}" for f in facts]
         return base.PrepareResult(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes needed")
@@ -183,6 +193,8 @@ class Mimic(base.Method):
         self.widths = [_width(teacher) for teacher in setup.teachers]
         get = setup.prepared.get
         self.towers = setup.student.towers
+        self.region_maps = [region_mimic.teacher_maps(teacher) for teacher in setup.teachers]
+        self.heads = nn.ModuleList(_heads(setup))
         terms = [
             MimicTerm(parameters.variant_for(teacher), get(f"{t}.weight"), get(f"{t}.bias"))
             for t, teacher in enumerate(setup.teachers)
@@ -195,6 +207,15 @@ class Mimic(base.Method):
             losses = [
                 term.compare_towers(self.towers, student, teacher, batch.labels)
                 for term, teacher in zip(self.terms, batch.teachers, strict=True)
+            ]
+        elif self.heads:
+            pairs = [
+                region_mimic.pair_vectors(student, [teacher[name] for name in maps], cast(BoxHead, head))
+                for head, maps, teacher in zip(self.heads, self.region_maps, batch.teachers, strict=True)
+            ]
+            losses = [
+                term(f_s, {"vector": f_t}, batch.labels)
+                for term, (f_s, f_t) in zip(self.terms, pairs, strict=True)
             ]
         else:
             parts = student["vector"].split(self.widths, dim=1)
@@ -308,18 +329,42 @@ def _width(network: base.Shapes) -> int:
     if network.towers:
         channels, *_ = network.maps[network.towers[0]]
         return channels * dense_mimic.PATCH**2
+    if network.region_vector:
+        return network.region_vector
     assert network.vector is not None  # ``reads`` contains it
     return network.vector
 
 
-def _check_towers(parameters: Parameters, setup: base.Setup) -> None:
-    """Raise UsageError unless the patches of both detectors can be compared."""
-    ours = [setup.student.maps[name] for name in setup.student.towers]
+def _heads(setup: base.Setup) -> list[BoxHead]:
+    """Return the box heads of two-stage teachers, from the prepared tensors."""
+    heads = []
+    for t, teacher in enumerate(setup.teachers):
+        prefix = f"{t}.head."
+        if teacher.region_vector:
+            tensors = {k.removeprefix(prefix): v for k, v in setup.prepared.items() if k.startswith(prefix)}
+            heads.append(BoxHead(tensors))
+    return heads
+
+
+def _compared_maps(network: base.Shapes) -> list[tuple[int, int, int]]:
+    names = region_mimic.teacher_maps(network) if network.region_vector else network.towers
+    return [network.maps[name] for name in names]
+
+
+def _check_detectors(parameters: Parameters, setup: base.Setup) -> None:
+    """Raise UsageError unless the patches or regions of both detectors can be compared."""
+    ours = _compared_maps(setup.student)
     for teacher in setup.teachers:
-        theirs = [teacher.maps[name] for name in teacher.towers]
-        if ours != theirs:
+        if bool(teacher.region_vector) != bool(setup.student.region_vector):
             raise UsageError(
-                "--method mimic compares the classification towers of two detectors, which must have equal "
+                "--method mimic compares detectors of one kind, and one of teacher and student classifies "
+                "regions (fasterrcnn), the other one anchors. Use --method pkd."
+            )
+        theirs = _compared_maps(teacher)
+        if ours != theirs:
+            part = "regions" if teacher.region_vector else "classification towers"
+            raise UsageError(
+                f"--method mimic compares the {part} of two detectors, which must have equal "
                 f"levels and widths: the student has {ours or 'none'}, the teacher {theirs or 'none'} (C, H, "
                 "W). Use --method pkd."
             )
@@ -347,7 +392,7 @@ def _prepare_hashes(
 ) -> dict[str, Tensor]:
     """Return W [M,D_T] and b [M], from the cache if a run has computed them before."""
     teacher = context.teachers[t]
-    width, n, bias = _width(teacher), context.images, "zero" if teacher.towers else parameters.bias
+    width, n, bias = _width(teacher), context.images, "zero" if teacher.levels else parameters.bias
     used = min(n, MAX_NUMBERS // width)
     weight = draw_hashes(m, width, std, context.seed)
     if bias == "zero":

@@ -29,7 +29,14 @@ def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
         for i, size in enumerate(levels):
             maps[f"{kind}@{i}"] = maps[f"{kind}@{i - len(levels)}"] = size
     pyramid = len(sizes.levels) if "anchors" in readouts.offers else 0
-    return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits, levels=pyramid)
+    return Shapes(
+        maps=maps,
+        vector=sizes.vector,
+        logits=sizes.logits,
+        levels=pyramid,
+        region_vector=sizes.region_vector,
+        region_levels=sizes.region_levels,
+    )
 
 
 @lru_cache(maxsize=16)

@@ -249,4 +249,5 @@ def _prepare_context(context: RunContext, data: TrainingData, scratch: Path) -> 
         seed=FIXED_SEED,
         note=context.display.note,
         sample=sample,
+        weights=lambda t: load_network(run, specs[t]).state_dict(),
     )

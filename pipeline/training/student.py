@@ -285,7 +285,7 @@ class QuantizedReadouts(Readouts):
     def compile_features(self, mode: str | None) -> None:
         """Do nothing: the graph is computed node by node."""
 
-    def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, reads: Reads = LOGITS, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return features of the graph's input, by name."""
         computed = self.network.graph(x, wanted=[self.tensors[read] for read in reads])
         features = {read: computed[self.tensors[read]] * self.factors[read] for read in reads}

@@ -112,8 +112,8 @@ class StudentModule(nn.Module):
         methods = dict(self.named_methods())
         alone = {name: m for name, m in methods.items() if m.trains_projection_only(epoch)}
         self.readouts.embeds_alone = bool(alone)
-        features = self.readouts(images, self.reads)
-        label_loss = self.label_loss(features["logits"][: len(labels)].float(), labels)
+        features = self.readouts(images, self.reads, labels)
+        label_loss = self.label_loss(features, labels)
         label_loss = label_loss * (len(labels) / len(pixels) / self.labeled_fraction)
         batch = Batch(features, teachers, labels, epoch, keys)
         with self.autocast_heads:

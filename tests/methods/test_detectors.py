@@ -1,9 +1,12 @@
 """PKD and mimicking of detectors, compared with numpy and with unfolded patches."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from questpress.models.detection.regions import build_box_head
 from questpress.models.errors import ModelError
 from questpress.pipeline import methods
 from questpress.pipeline.errors import UsageError
@@ -11,18 +14,24 @@ from questpress.pipeline.methods import base, dense_mimic, pkd
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.shapes import check_methods
 from torch import Tensor
+from torchvision.ops import roi_align
 
 CHANNELS, ANCHORS = 6, 3
 GRIDS = ((4, 6), (2, 3))
 
 
-def shapes(channels: int = CHANNELS, towers: bool = True) -> Shapes:
+def shapes(channels: int = CHANNELS, towers: bool = True, region_vector: int | None = None) -> Shapes:
     maps = {"map": (channels, *GRIDS[0])}
     for level, grid in enumerate(GRIDS):
         maps[f"map@{level}"] = (channels, *grid)
         if towers:
             maps[f"tower@{level}"] = (channels, *grid)
-    return Shapes(maps, None, 2, levels=len(GRIDS))
+    levels = len(GRIDS) if region_vector else 0
+    return Shapes(maps, None, 2, levels=len(GRIDS), region_vector=region_vector, region_levels=levels)
+
+
+def two_stage(vector: int = 5) -> Shapes:
+    return shapes(towers=False, region_vector=vector)
 
 
 def features(seed: int, images: int = 3) -> dict[str, Tensor]:
@@ -49,16 +58,21 @@ def targets() -> Tensor:
     return labels
 
 
-def build(name: str, settings: dict[str, object] | None = None, teacher: Shapes | None = None) -> base.Method:
+def build(
+    name: str,
+    settings: dict[str, object] | None = None,
+    teacher: Shapes | None = None,
+    student: Shapes | None = None,
+    prepared: dict[str, Tensor] | None = None,
+) -> base.Method:
     chosen = {f"{name}.{key}": value for key, value in (settings or {}).items()}
     parameters = methods.parse_parameters([name], chosen)[name]
-    setup = Setup(shapes(), [teacher or shapes()])
+    setup = Setup(student or shapes(), [teacher or shapes()])
     cls = methods.load(name)
     cls.check(parameters, setup, 10)
     weight = torch.randn(8, 9 * CHANNELS, generator=torch.Generator().manual_seed(5))
-    return cls(
-        parameters, Setup(setup.student, setup.teachers, {"0.weight": weight, "0.bias": torch.zeros(8)})
-    )
+    hashes = {"0.weight": weight, "0.bias": torch.zeros(8)}
+    return cls(parameters, Setup(setup.student, setup.teachers, prepared or hashes))
 
 
 def test_pkd_is_one_minus_the_correlation_of_each_channel() -> None:
@@ -118,6 +132,36 @@ def test_mimicking_equals_the_formula_on_unfolded_patches(variant: str) -> None:
     assert float(loss) == pytest.approx(7 * np.mean(means), rel=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["l2", "lsh", "lshl2"])
+def test_mimicking_regions_equals_the_formula_at_the_students_regions(variant: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    head = build_box_head(CHANNELS, 5)
+    weight = torch.randn(20, 5, generator=generator)
+    prepared = {f"0.head.{key}": value for key, value in head.state_dict().items()}
+    prepared |= {"0.weight": weight, "0.bias": torch.zeros(20)}
+    method = build("mimic", {"variant": variant}, two_stage(), two_stage(), prepared)
+    regions = torch.tensor([[[0, 0, 9, 12], [5, 3, 30, 20.0]], [[2, 2, 8, 8], [0, 0, 0, 0]]])
+    vectors = torch.randn(2, 2, 5, generator=generator).requires_grad_()
+    maps = features(1, images=2)
+    assert method.reads_of_teachers == [{"map@0", "map@1"}]
+    teacher = {name: maps[name] for name in method.reads_of_teachers[0]}
+    loss = method(Batch({"regions": regions, "region_vectors": vectors}, [teacher], targets()[:2]))["mimic"]
+    rows = torch.tensor([[0, 0, 0, 9, 12], [0, 5, 3, 30, 20], [1, 2, 2, 8, 8.0]])
+    # All regions are small, so they are pooled from the finest level, of stride 8.
+    f_t = head(roi_align(maps["map@0"], rows, 7, 1 / 8, 2)).detach().double().numpy()
+    f_s = vectors.detach()[[0, 0, 1], [0, 1, 0]].double().numpy()
+    expected = 0.0
+    if variant != "lsh":
+        expected += ((f_s - f_t) ** 2).mean()
+    if variant != "l2":
+        a, h = f_s @ weight.double().numpy().T, f_t @ weight.double().numpy().T > 0
+        expected += (np.logaddexp(0, a) - a * h).mean()
+    assert float(loss) == pytest.approx(7 * expected, rel=1e-4)
+    loss.backward()
+    assert vectors.grad is not None and vectors.grad[0].all() and not vectors.grad[1, 1].any()
+    assert all(p.grad is None and not p.requires_grad for p in method.parameters())
+
+
 def test_locations_between_the_thresholds_are_left_out() -> None:
     box = torch.tensor([[[0, 0.0, 0.0, 1.0, 1.0, 1, 0]]])
     heights = torch.tensor([0.9, 0.45, 0.2, 0.45])  # their IoU with the box
@@ -140,6 +184,7 @@ def test_batch_without_boxes_has_no_loss() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "teacher", "message"),
     [
+        ("mimic", {}, two_stage(), r"compares detectors of one kind, .* Use --method pkd\."),
         ("pkd", {}, shapes(12), "6 channels in the student and 12 in the teacher"),
         ("mimic", {}, shapes(12), "must have equal levels and widths"),
         ("mimic", {}, shapes(towers=False), "teacher none"),
@@ -171,3 +216,12 @@ def test_quest_reads_all_levels_by_default() -> None:
     quest, parameters = methods.load("quest"), methods.parse_parameters(["quest"], {})["quest"]
     assert quest.reads(parameters, shapes()) == {"map@0", "map@1"}
     assert quest.reads(parameters, Shapes({"map": (6, 4, 4)}, None, 2)) == {"map"}
+
+
+def test_detectors_of_two_kinds_share_their_maps_alone() -> None:
+    names = ["fasterrcnn:mobilenetv2_050"], "retinanet:mobilenetv2_050"
+    check = partial(check_methods, classes=2, image_size=64, images=10)
+    check(methods.parse_parameters(["pkd"], {}), *names)
+    with pytest.raises(UsageError, match="--method mimic compares detectors of one kind"):
+        check(methods.parse_parameters(["mimic"], {}), *names)
+    check(methods.parse_parameters(["mimic", "pkd"], {}), names[0], names[0][0])

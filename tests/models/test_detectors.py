@@ -293,7 +293,7 @@ def test_names_of_detectors_are_resolved_and_misspelled_ones_refused() -> None:
     assert resolve(" retinanet:mobilenetv2 ") == "retinanet:mobilenetv2_100"
     assert resolve("ssdlite:resnet18.a1_in1k") == "ssdlite:resnet18.a1_in1k"
     for name, message in {
-        "fasterrcnn:resnet18": r"Unknown detector 'fasterrcnn' of .*Choose from retinanet, ssdlite\.",
+        "maskrcnn:resnet18": r"Unknown detector 'maskrcnn' of .*Choose from fasterrcnn, retinanet, ssdlite\.",
         ":resnet18": r"Unknown detector ''",
         "retinanet:": r"model name is empty",
         "retinanet:resnet5O": r"Did you mean resnet50",
