@@ -1125,11 +1125,12 @@ class Decoder:
         """All anchors, float32 [count, 4], in pixels of the input."""
         return np.concatenate([level.boxes() for level in self.anchors])
 
-    def decode(self, logits: np.ndarray, offsets: np.ndarray, size: Size) -> np.ndarray:
-        """Decode the outputs of one image of `size`, float32 [count, classes] and [count, 4].
+    def decode(self, image: Sequence[np.ndarray], size: Size) -> np.ndarray:
+        """Decode the `outputs` of one image of `size`, float32 [count, columns] each.
 
         Returns float32 [detections, 6], see `Detector.detections`.
         """
+        logits, offsets = image
         classes, least = logits.shape[1], math.log(self.score_threshold / (1 - self.score_threshold))
         indices, scores, start = [], [], 0
         for level in self.anchors:
@@ -1182,10 +1183,8 @@ class RegionDecoder(Decoder):
     def outputs(self, labels: int) -> dict[str, int]:
         return {"logits": 1 + labels, "boxes": 4, "regions": 4}
 
-    def decode(  # type: ignore[override]
-        self, logits: np.ndarray, offsets: np.ndarray, regions: np.ndarray, size: Size
-    ) -> np.ndarray:
-        """Decode the outputs of one image, float32 [count, 1 + classes], [count, 4] and [count, 4]."""
+    def decode(self, image: Sequence[np.ndarray], size: Size) -> np.ndarray:
+        logits, offsets, regions = image
         used = np.flatnonzero((regions[:, 2:] > regions[:, :2]).all(axis=1))
         probabilities = softmax(logits[used])[:, 1:].astype(np.float32)
         rows, labels = np.nonzero(probabilities > np.float32(self.score_threshold))
@@ -1274,14 +1273,14 @@ class Detector(Model):
             return detections
         expected_columns = self.decoder.outputs(len(self.labels))
         outputs = self._run(batch, list(expected_columns))
-        for output, columns in zip(outputs, expected_columns.values(), strict=True):
+        for output, columns in zip(outputs, expected_columns.values()):
             shape, expected = output.shape, (len(batch), self.decoder.count, columns)
             if shape != expected or output.dtype != np.float32:
                 raise ArtifactError(f"{self.name} must return float32 of shape {expected}, got {shape}")
             if not np.isfinite(output).all():
                 raise ArtifactError(f"{self.name} returns outputs that are not finite")
         for row, *image in zip(detections, *outputs):
-            row[:] = self.decoder.decode(*image, self.preprocessing.size)
+            row[:] = self.decoder.decode(image, self.preprocessing.size)
         return detections
 
     infer = detections

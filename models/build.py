@@ -337,10 +337,13 @@ def create_network(
     network: nn.Module
     try:
         if kind:
-            from .detection import build_detector
+            from .detection.dense import DenseDetector
+            from .detection.pyramid import create_backbone
+            from .detection.two_stage import TwoStageDetector
 
+            detector = TwoStageDetector if kind == "fasterrcnn" else DenseDetector
             height, width = to_2tuple(image_size)
-            network = build_detector(kind, name, num_classes, (height, width), **options)
+            network = detector(kind, create_backbone(name, **options), num_classes, (height, width))
         else:
             network = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except UnknownModel:

@@ -1,7 +1,21 @@
-"""What all detectors share: a timm backbone, a feature pyramid of five levels, anchors, and their targets."""
+"""What all detectors share: a timm backbone, a feature pyramid of five levels, anchors, targets, readouts.
+
+Features that distillation methods read, from one forward pass:
+
+- `map@i` [B,C,h,w]: level i of the feature pyramid (0 the finest, -1 the coarsest); `map` is the finest
+- `tower@i` [B,C,h,w]: the map of level i that the class scores are computed from; RetinaNet heads only
+- `logits` [B,A,K+4]: class logits and box deltas at each anchor; of a two-stage detector the class logits of
+  its regions, [B,R,K+1]
+- `losses` [n]: the parts of the loss on labels, which are those of the first L images, [L,M,7]
+- `anchors` [A,4]: boxes (x1, y1, x2, y2) in fractions of the image
+- `regions` [B,R,4]: boxes in pixels of the input that a two-stage detector classifies, or with labels is
+  trained on; unused rows are 0
+- `region_vectors` [B,R,D]: the output of the box head, which the class scores of regions are computed from
+"""
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Self
 
 import timm
@@ -12,8 +26,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from ..errors import UnknownModel
-from .readouts import DetectorReadouts
+from ..errors import ModelError, UnknownModel
+from ..readout import LOGITS, Readouts, Reads, Shapes
 
 STRIDES = (8, 16, 32)
 """Of the backbone's maps, in pixels of the input."""
@@ -61,14 +75,14 @@ def create_anchors(scales: tuple[float, ...], image_size: tuple[int, int]) -> An
 class PyramidDetector(nn.Module):
     """A detector on a feature pyramid: P3 to P7 of strides 8 to 128, from a backbone's maps.
 
-    A subclass calls `build_pyramid` once, and defines `raw`, `decode`, `loss` and `decoder`.
+    A subclass calls `build_pyramid` once, and defines `raw`, `decode`, `compute_features` and `decoder`.
     """
 
     backbone: Any
     anchors: Tensor
     """All anchors [A,4]: x1, y1, x2, y2 in pixels of the input."""
     anchors_per_location: int
-    output_names = ("logits", "boxes")
+    output_names: tuple[str, ...] = ("logits", "boxes")
     """Names of the tensors that `raw` returns."""
     has_tower = False
     """True if class scores are computed from a tower of convolutions shared by all levels."""
@@ -149,7 +163,7 @@ class PyramidDetector(nn.Module):
         """Return the module to export: images [B,3,H,W] to the outputs of `raw`."""
         return _Exportable(self)
 
-    def readouts(self, image_size: Any = None) -> DetectorReadouts:
+    def readouts(self, image_size: Any = None) -> "DetectorReadouts":
         """Return the features of this detector; its image size is that of `build`."""
         return DetectorReadouts(self)
 
@@ -185,6 +199,76 @@ class PyramidDetector(nn.Module):
         with torch.no_grad():
             levels = shapes.maps(torch.empty(1, 3, *self.image_size, device="meta"))
         return [(level.shape[2], level.shape[3]) for level in levels]
+
+
+class DetectorReadouts(Readouts):
+    """A detector that returns features; the network itself is not changed.
+
+    Args:
+        network: a `PyramidDetector`.
+    """
+
+    def __init__(self, network: Any) -> None:
+        nn.Module.__init__(self)  # not that of Readouts, which explores a timm network
+        self.network = network
+        self.name = network.built_as.name
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        self.embeds_alone = False
+        levels = tuple((network.fpn_width, height, width) for height, width in network.grids)
+        self.level_count = len(levels)
+        towers = levels if network.has_tower else ()
+        self.shapes = Shapes(
+            map=levels[0],
+            vector=None,
+            logits=network.num_classes,
+            levels=levels,
+            towers=towers,
+            region_vector=network.region_width or None,
+            region_levels=network.region_levels,
+        )
+
+    @property
+    def offers(self) -> Reads:
+        """Names of the features without labels; levels with non-negative numbers."""
+        levels = [f"map@{level}" for level in range(self.level_count)]
+        towers = [f"tower@{level}" for level in range(len(self.shapes.towers))]
+        regions = ("regions", "region_vectors") if self.shapes.region_vector else ()
+        return frozenset({"map", "logits", "anchors", *levels, *towers, *regions})
+
+    def check(self, reads: Reads) -> None:
+        """Raise ModelError if the network does not have all requested features."""
+        for read in sorted(reads):
+            if self._from_finest(read) not in self.offers | {"losses"}:
+                raise ModelError(
+                    f"Detector {self.name} has no feature {read!r}. It has {', '.join(sorted(self.offers))}."
+                )
+
+    def compile_features(self, mode: str | None) -> None:
+        """Compile backbone and pyramid by torch.compile with this mode; None to undo it."""
+        self.compiled = {}
+        if mode is not None:
+            # Sizes do not change during training.
+            self.compiled["maps"] = torch.compile(self.network.maps, dynamic=False, mode=mode)
+
+    def forward(self, x: Tensor, reads: Reads = LOGITS, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the requested features of images [B,3,H,W] by name; labels are boxes [L,M,7]."""
+        self.check(reads)
+        maps = self.compiled.get("maps", self.network.maps)(x)
+        height, width = self.network.image_size
+        anchors = self.network.anchors
+        features = {"map": maps[0], "anchors": anchors / anchors.new_tensor([width, height, width, height])}
+        features |= {f"map@{level}": tensor for level, tensor in enumerate(maps)}
+        needed = {self._from_finest(read) for read in reads}
+        if needed - features.keys():
+            features |= self.network.compute_features(maps, labels)
+        return {read: features[self._from_finest(read)] for read in reads}
+
+    def _from_finest(self, read: str) -> str:
+        """Return the name of a feature with the level counted from the finest: `map@-1` is `map@4`."""
+        name, separator, level = read.partition("@-")
+        if separator and level.isdigit() and 0 < int(level) <= self.level_count:
+            return f"{name}@{self.level_count - int(level)}"
+        return read
 
 
 class _Exportable(nn.Module):

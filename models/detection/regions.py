@@ -40,13 +40,15 @@ def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 
 @suppress.register_fake
-def _(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+def _(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:  # noqa: ARG001
     return torch.empty_like(scores, dtype=torch.bool)
 
 
 def onnx_operators() -> dict[Any, Callable[..., Any]]:
     """Return the translation of `suppress` for torch's exporter (`custom_translation_table`)."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def translate(boxes: Any, scores: Any, iou: float) -> Any:
         limit = op.Constant(value_ints=[1 << 30])

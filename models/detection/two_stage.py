@@ -33,7 +33,6 @@ TRAINED_CANDIDATES, TRAINED_PROPOSALS = 1000, 512
 """Of each level before suppression, and of an image after it, in training."""
 FOREGROUND = 0.25
 """Largest fraction of the sampled regions that contain an object."""
-LOSSES = ("objectness", "proposal", "class", "box")
 
 
 class BoxPredictor(nn.Module):
@@ -146,31 +145,33 @@ class TwoStageDetector(PyramidDetector):
         return torch.where(kept.gather(1, best).unsqueeze(2), regions, 0.0)
 
     def compute_features(self, maps: Sequence[Tensor], labels: Tensor | None) -> dict[str, Tensor]:
-        """Return the features of the heads by name, see `readouts.py`.
+        """Return the features of the heads by name, see `pyramid.py`.
 
-        With labels, regions are those that the head is trained on, and the logits are the losses.
+        With labels, regions are those of the labeled images that the head is trained on.
         """
-        objectness, deltas = self.score_anchors(maps)
         losses: tuple[Tensor, ...] = ()
         if labels is None:
             with torch.no_grad():
-                regions = list(self.select_regions(objectness, deltas))
+                regions = list(self.select_regions(*self.score_anchors(maps)))
         else:
+            maps = [level[: len(labels)] for level in maps]
+            objectness, deltas = self.score_anchors(maps)
             targets = self.targets(labels)
-            proposals = self.propose(objectness, deltas)
             losses = self.compute_proposal_losses(objectness, deltas, targets)
+            proposals = self.propose(objectness, deltas)
             regions, _, classes, offsets = self.roi_heads.select_training_samples(proposals, targets)
         vectors = self.roi_heads.box_head(pool_listed(maps[: self.region_levels], regions))
         logits, boxes = self.roi_heads.box_predictor(vectors)
-        if labels is None:
-            logits = logits.view(len(regions), -1, logits.shape[1])
-        else:
-            logits = torch.stack(
-                [*losses, *fastrcnn_loss(logits, self.repeat_boxes(boxes), classes, offsets)]
-            )
-        padded = pad_sequence(regions, batch_first=True)
-        vectors = pad_sequence(vectors.split([len(boxes) for boxes in regions]), batch_first=True)
-        return {"logits": logits, "regions": padded, "region_vectors": vectors}
+        counts = [len(rows) for rows in regions]
+        features = {
+            "logits": pad_sequence(logits.split(counts), batch_first=True),
+            "regions": pad_sequence(regions, batch_first=True),
+            "region_vectors": pad_sequence(vectors.split(counts), batch_first=True),
+        }
+        if losses:
+            losses += fastrcnn_loss(logits, self.repeat_boxes(boxes), classes, offsets)
+            features["losses"] = torch.stack(losses)
+        return features
 
     def targets(self, labels: Tensor) -> list[dict[str, Tensor]]:
         """Return targets as numbers from 1, without boxes of no area."""
@@ -200,10 +201,6 @@ class TwoStageDetector(PyramidDetector):
             objectness, deltas.flatten(0, 1), classes, offsets
         )
         return losses
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the scalar losses of torchvision by name; they are the `logits` of `compute_features`."""
-        return dict(zip(LOSSES, outputs, strict=True))
 
     def repeat_boxes(self, boxes: Tensor) -> Tensor:
         """Return box deltas [n,4] as those of each class, [n,4·(K+1)]."""

@@ -31,8 +31,8 @@ Our choices that the paper leaves open or makes differently:
 - Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
   its part of it, and the loss is the mean over teachers.
 
-Detectors have patches of classification towers in place of the vector, see ``dense_mimic.py``, or the vectors of
-regions, see ``region_mimic.py``.
+Detectors have patches of classification towers in place of the vector, see ``dense_mimic.py``, or the vectors
+of regions, see ``region_mimic.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,9 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-bafrom ..errors import JobError, UsageError
+from ...models.detection.regions import BoxHead
+from ..config import TaskName
+from ..errors import JobError, UsageError
 from . import base, dense_mimic, region_mimic
 from .quest.vocabulary import FeatureMatrix
 

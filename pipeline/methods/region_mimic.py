@@ -1,15 +1,15 @@
 """Feature mimicking in a two-stage detector: the vectors of regions match the teacher's.
 
-Wang, Ge, Wu (see ``mimic.py``), section on Faster R-CNN, and the authors' code. The vector f of a region is the
-output of the box head after its last ReLU. The regions are those that the student's head is trained on, after
-sampling, with the boxes of the labels among them, foreground and background. The teacher computes the vectors of
-the student's regions:
+Wang, Ge, Wu (see ``mimic.py``), section on Faster R-CNN, and the authors' code. The vector f of a region is
+the output of the box head after its last ReLU. The regions are those that the student's head is trained on,
+after sampling, with the boxes of the labels among them, foreground and background. The teacher computes the
+vectors of the student's regions:
 
     L = mean over all regions of the batch of L_l2, L_lsh, or both
 
-The teacher's features are the maps that regions are pooled from, so they can be cached as those of other methods.
-Its box head is frozen and part of what the method prepares. The authors' b is 0 and their M 4,096 for vectors of
-1,024 numbers. If ``hashes`` is not set, M is 4·D.
+The teacher's features are the maps that regions are pooled from, so they can be cached as those of other
+methods. Its box head is frozen and part of what the method prepares. The authors' b is 0 and their M 4,096
+for vectors of 1,024 numbers. If ``hashes`` is not set, M is 4·D.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy import ndarray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...export.runtime import Preprocessing
 from ..config import TaskName
@@ -20,11 +20,16 @@ from ..runs.scores import Calibration, ClassMeasure, Confusion, Prediction, Prop
 
 Names = Sequence[str]
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
-"""The loss of (logits, labels) of a training batch, the mean over its images."""
+"""The loss of (feature, labels) of a training batch, the mean over its images with labels."""
 CHUNK = 4096
 """Images that are decoded at once, in float64."""
 Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
+
+
+def compute_labeled_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the first logits, which have labels, in fp32."""
+    return loss(logits[: len(labels)].float(), labels)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Task(ABC):
     """Name of the score in ``manifest_entry``."""
     likelihood: ClassVar[Likelihood | None]
     """Model of the probabilities, from which calibration and ensembles follow; None if there is none."""
+    loss_read: ClassVar[str] = "logits"
+    """Feature of the network that the loss on labels is computed from."""
     default_balance: ClassVar[Literal["auto", "off"]]
     """``--balance`` without the option."""
     unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -117,8 +124,8 @@ for label, probability in classifier.predict(["photo.jpg"])[0].top:
     """Python program that uses the artifact from its folder."""
 
     @abstractmethod
-    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
-        """Return the loss on labels for training ``network``."""
+    def label_loss(self, smoothing: float) -> LabelLoss:
+        """Return the loss on labels in training."""
 
     @abstractmethod
     def guessing_loss(self, classes: int) -> float:

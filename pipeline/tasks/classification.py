@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT
 from ..runs.scores import ClassScore, Confusion, Measure, Proportion, Score
-from .base import CHUNK, Chance, LabelLoss, Names, Outputs, PairedTest, Task, Thresholds
+from .base import CHUNK, Chance, LabelLoss, Names, Outputs, PairedTest, Task, Thresholds, compute_labeled_loss
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
@@ -32,8 +33,8 @@ class Classification(Task):
     likelihood = Softmax()
     default_balance = "auto"
 
-    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
-        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    def label_loss(self, smoothing: float) -> LabelLoss:
+        return partial(compute_labeled_loss, nn.CrossEntropyLoss(label_smoothing=smoothing))
 
     def guessing_loss(self, classes: int) -> float:
         return math.log(classes)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image as PillowImage
-from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
 from ...export.predict_cli import draw_boxes
@@ -38,10 +37,9 @@ LABEL_COLOR, PREDICTION_COLOR = 1, 3
 """Of true boxes and of detections, as ``draw_boxes`` numbers colors: green and orange."""
 
 
-def compute_loss(network: nn.Module, outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of a detector's losses."""
-    losses: dict[str, Tensor] = network.loss(outputs, labels)  # type: ignore[operator]
-    return torch.stack(list(losses.values())).sum()
+def sum_losses(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    """Return the sum of a detector's losses, which it has computed from the labels."""
+    return losses.sum()
 
 
 class Detection(Task):
@@ -51,6 +49,7 @@ class Detection(Task):
     metric = class_metric = "AP"
     manifest_key = "ap"
     likelihood = None
+    loss_read = "losses"
     # The gradient ratios that balancing aims at were measured on classifiers.
     default_balance = "off"
     unsupported = MappingProxyType(
@@ -81,8 +80,8 @@ detector = Detector.load(".")
 for detection in detector.detect(["photo.jpg"])[0]:
     print(detection.label, detection.score, detection.box)"""
 
-    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
-        return partial(compute_loss, network)
+    def label_loss(self, smoothing: float) -> LabelLoss:
+        return sum_losses
 
     def guessing_loss(self, classes: int) -> float:
         return math.inf

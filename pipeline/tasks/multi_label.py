@@ -5,6 +5,7 @@ Targets are 0 or 1, [n,classes], and logits [n,classes] are those of independent
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,13 @@ import torch
 from numpy import ndarray
 from timm.loss import BinaryCrossEntropy
 from timm.task.evaluator import MultiLabelClassificationEvaluator
-from torch import nn
 
 from ...export.runtime import Preprocessing, sigmoid
 from ..data.dataset import Image
 from ..evaluation.calibration import Sigmoid
 from ..evaluation.comparison import bootstrap_interval
 from ..runs.scores import ClassScore, Measure, Score
-from .base import Chance, LabelLoss, Names, Task, Thresholds
+from .base import Chance, LabelLoss, Names, Task, Thresholds, compute_labeled_loss
 
 NO_CLASS = "no class"
 MICRO, MACRO = "micro F1", "macro F1"
@@ -121,13 +121,14 @@ class MultiLabel(Task):
         "are independent."
     )
 
-    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
+    def label_loss(self, smoothing: float) -> LabelLoss:
         """Return the sum of the classes' binary cross-entropies, with labels smoothed towards 1/2.
 
         It is the negative log-likelihood of the set of labels, as the cross-entropy is of one label. The mean
         over classes, timm's default, would weigh less against a method's loss the more classes there are.
         """
-        return BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+        loss = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+        return partial(compute_labeled_loss, loss)
 
     def guessing_loss(self, classes: int) -> float:
         return classes * math.log(2)

@@ -250,7 +250,7 @@ def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, mete
             result = task(part.pixels, part.labels, part.keys, part.teachers, part.teacher_pixels)
             fraction = len(part) / len(batch)
             (result["loss"] * fraction if len(parts) > 1 else result["loss"]).backward()
-        meter.add(result, part.labels)
+        meter.add(result, part.labels, len(part))
 
 
 @dataclass

@@ -151,20 +151,20 @@ class Meter:
         self.has_accuracy = True
 
     @torch.no_grad()
-    def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Add a batch: its losses, each a mean over the images, and its logits ``output``.
+    def add(self, result: Mapping[str, Tensor], labels: Tensor, images: int) -> None:
+        """Add a batch of images: its losses, each a mean over them, and its logits ``output``.
 
         The labels are those of the first images.
         """
         logits = result["output"]
         for key, value in result.items():
             if key != "output":
-                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(logits)
+                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * images
         correct = self.task.count_correct(logits[: len(labels)], labels)
         self.has_accuracy = correct is not None
         if correct is not None:
             self.correct += correct
-        self.images += len(logits)
+        self.images += images
         self.labeled += len(labels)
 
     def means(self, epoch: int, *, all_ranks: bool = False) -> dict[str, float]:

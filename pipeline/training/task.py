@@ -86,11 +86,12 @@ class StudentModule(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(name for name in LAST_MAP if name in self.readouts.offers)
         self.balance = GradientBalance(methods, ranks.sum) if balance and methods else None
-        self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
+        self.loss_read = label_task.loss_read
+        self.reads = reads | {self.loss_read} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
         self.labeled_fraction = 1.0
         """Fraction of a step's images that have labels."""
-        self.label_loss = label_task.label_loss(self.readouts.network, label_smoothing)
+        self.label_loss = label_task.label_loss(label_smoothing)
         self.use(engine)
 
     def use(self, engine: Engine) -> None:
@@ -103,7 +104,7 @@ class StudentModule(nn.Module):
     def forward(
         self, pixels: Tensor, labels: Tensor, teachers: Sequence[Features], epoch: int, keys: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the weighted losses by name, and the logits [B,N].
+        """Return the weighted losses by name, and the feature that the loss on labels is computed from.
 
         Each is a mean over the images: in a micro-batch with fewer labeled images than in others, the loss on
         labels is smaller accordingly.
@@ -113,7 +114,7 @@ class StudentModule(nn.Module):
         alone = {name: m for name, m in methods.items() if m.trains_projection_only(epoch)}
         self.readouts.embeds_alone = bool(alone)
         features = self.readouts(images, self.reads, labels)
-        label_loss = self.label_loss(features, labels)
+        label_loss = self.label_loss(features[self.loss_read], labels)
         label_loss = label_loss * (len(labels) / len(pixels) / self.labeled_fraction)
         batch = Batch(features, teachers, labels, epoch, keys)
         with self.autocast_heads:
@@ -136,7 +137,7 @@ class StudentModule(nn.Module):
         losses = {part: loss for parts in by_method.values() for part, loss in parts.items()}
         if self.weights["ce"] and not alone:
             losses = {"ce": self.weights["ce"] * label_loss, **losses}
-        return losses, features["logits"]
+        return losses, features[self.loss_read]
 
     def named_methods(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]

@@ -72,7 +72,7 @@ def outputs(network: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(network: Any, logits: torch.Tensor, boxes: torch.Tensor) -> np.ndarray:
     decoder = Decoder.from_dict(network.decoder)
     return np.stack(
-        [decoder.decode(*image, SIZE) for image in zip(logits.numpy(), boxes.numpy(), strict=True)]
+        [decoder.decode(image, SIZE) for image in zip(logits.numpy(), boxes.numpy(), strict=True)]
     )
 
 

@@ -97,8 +97,8 @@ def test_losses_are_torchvisions_and_reach_all_weights() -> None:
     network.freeze_norm()  # so that both passes are equal
     rows = labels()
     torch.manual_seed(5)
-    features = read_network(network)(images(3), ALL, rows)
-    losses = network.loss(features["logits"], rows)
+    features = read_network(network)(images(3), ALL | {"losses"}, rows)
+    losses = features["losses"]
     scale = torch.tensor([128.0, 96.0, 128.0, 96.0])
     kept = [rows[0, [0, 2]], rows[1, :0], rows[2, :1]]
     targets = [{"boxes": row[:, 1:5] * scale, "labels": row[:, 0].long() + 1} for row in kept]
@@ -107,10 +107,10 @@ def test_losses_are_torchvisions_and_reach_all_weights() -> None:
     proposals, expected = network.rpn(ImageList(images(3), [SIZE] * 3), named(maps), targets)
     _, more = torchvision_heads(network)(named(maps), proposals, [SIZE] * 3, targets)
     names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
-    for loss, name in zip(losses.values(), names, strict=True):
+    for loss, name in zip(losses, names, strict=True):
         torch.testing.assert_close(loss, (expected | more)[name])
     assert features["region_vectors"].shape[:2] == features["regions"].shape[:2]
-    sum(losses.values()).backward()
+    losses.sum().backward()
     frozen = {name for name, p in network.named_parameters() if p.grad is None and p.requires_grad}
     assert not {name for name in frozen if "extra_blocks" not in name}
 

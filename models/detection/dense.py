@@ -45,6 +45,11 @@ class DenseDetector(PyramidDetector, RetinaNet):
         image_size: height and width of the input in pixels.
     """
 
+    head: Any
+    box_coder: Any
+    compute_loss: Any
+    postprocess_detections: Any
+
     def __init__(self, kind: str, backbone: Any, num_classes: int, image_size: tuple[int, int]) -> None:
         generator = create_anchors(SCALES[kind], image_size)
         head = _build_head(kind, generator.num_anchors_per_location()[0], num_classes)
@@ -79,14 +84,17 @@ class DenseDetector(PyramidDetector, RetinaNet):
             handle.remove()
 
     def compute_features(self, maps: Sequence[Tensor], labels: Tensor | None) -> dict[str, Tensor]:
-        """Return the features of the head by name, see `readouts.py`."""
+        """Return the features of the head by name, see `pyramid.py`."""
         towers: list[Tensor] = []
         with self.record_towers(towers):
             logits = torch.cat(self.predict(maps), dim=2)
-        return {"logits": logits, **{f"tower@{level}": tensor for level, tensor in enumerate(towers)}}
+        features = {"logits": logits, **{f"tower@{level}": tensor for level, tensor in enumerate(towers)}}
+        if labels is not None:
+            features["losses"] = self.losses(logits[: len(labels)].float(), labels)
+        return features
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the scalar losses `class` and `box`, means over images.
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses of classes and boxes [2], means over images.
 
         Args:
             outputs: class logits and box deltas [B,A,K+4].
@@ -95,7 +103,7 @@ class DenseDetector(PyramidDetector, RetinaNet):
         targets = self.targets(labels.to(outputs.dtype))
         head = {"cls_logits": outputs[..., :-4], "bbox_regression": outputs[..., -4:]}
         losses = self.compute_loss(targets, head, [self.anchors] * len(targets))
-        return {"class": losses["classification"], "box": losses["bbox_regression"]}
+        return torch.stack([losses["classification"], losses["bbox_regression"]])
 
     @torch.no_grad()
     def decode(self, *outputs: Tensor) -> Tensor:

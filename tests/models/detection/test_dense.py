@@ -8,7 +8,7 @@ import pytest
 import torch
 from questpress.models.build import build, check_size, default_image_size, geometry, has_batch_norm, resolve
 from questpress.models.catalog import describe, find_license, has_pretrained, list_models, multiply_adds
-from questpress.models.detection.network import DenseDetector
+from questpress.models.detection.dense import DenseDetector
 from questpress.models.errors import ModelError, UnknownModel
 from questpress.models.fold import fold_batch_norm
 from questpress.models.readout import read_network
@@ -70,21 +70,21 @@ def test_loss_is_torchvisions_on_the_same_targets(kind: str) -> None:
         {"cls_logits": random[..., :3], "bbox_regression": random[..., 3:]},
         [network.anchors] * 3,
     )
-    losses = network.loss(random, LABELS)
-    assert losses.keys() == {"class", "box"} and losses["box"] > 0.01
-    torch.testing.assert_close(losses["class"], expected["classification"])
-    torch.testing.assert_close(losses["box"], expected["bbox_regression"])
+    losses = network.losses(random, LABELS)
+    assert losses[1] > 0.01
+    torch.testing.assert_close(losses[0], expected["classification"])
+    torch.testing.assert_close(losses[1], expected["bbox_regression"])
 
 
 def test_loss_of_images_without_boxes_is_the_focal_loss_of_background_alone() -> None:
     network = detector()
     random = outputs(network, seed=2).requires_grad_()
-    losses = network.loss(random, torch.stack([boxes(), boxes(CROWD)]))
+    losses = network.losses(random, torch.stack([boxes(), boxes(CROWD)]))
     probability = random[..., :3].sigmoid()
     by_hand = -0.75 * probability.square() * torch.log(1 - probability)  # alpha = 0.25, gamma = 2
-    torch.testing.assert_close(losses["class"], by_hand.sum() / 2)
-    assert losses["box"] == 0
-    sum(losses.values()).backward()
+    torch.testing.assert_close(losses[0], by_hand.sum() / 2)
+    assert losses[1] == 0
+    losses.sum().backward()
     assert random.grad[..., :3].abs().min() > 0 and random.grad[..., 3:].abs().max() == 0
 
 
@@ -248,8 +248,7 @@ def test_training_lowers_the_loss_and_finds_the_boxes(kind: str) -> None:
     readouts = read_network(network)
     losses = []
     for _ in range(60):
-        parts = network.loss(readouts(shown)["logits"], labels)
-        loss = sum(parts.values())
+        loss = readouts(shown, frozenset({"losses"}), labels)["losses"].sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
