@@ -12,8 +12,8 @@
     decoder          for detection: how the outputs `logits` [batch, A, classes] (sigmoid) and `boxes` [batch,
                      A, 4] of the A anchors become boxes; see `runtime.Decoder`
         kind             "retinanet", "ssdlite" or "fasterrcnn". The last has no anchors: `logits` (softmax,
-                         background first) and `boxes` are those of R regions, a third output `regions` [batch,
-                         R, 4] in pixels of the input; unused regions are 0, and `candidates` is R
+                         background first) and `boxes` are those of R regions, a third output `regions`
+                         [batch, R, 4] in pixels of the input; unused ones are 0, and `candidates` is R
         anchors          levels in the order of the outputs: `grid`, rows and columns; `stride`, pixels from
                          column to column and from row to row; `cells`, the boxes x1, y1, x2, y2 of row 0 and
                          column 0 in pixels of the input. Order: rows, columns, cells

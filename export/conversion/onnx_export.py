@@ -105,7 +105,7 @@ def export_onnx(
 
     A detector has a method `exportable`, which returns a module with outputs float32 [batch, A, n] and their
     `output_names`, and a property `decoder`, which is added to the metadata. Its `onnx_operators`, if it has
-    some, translate operators of its own for torch's exporter.
+    some, translate its custom operators for torch's exporter.
 
     The graph computes in evaluation mode and float32. Source paths, stack traces and other traces of the
     machine are removed, and the same network gives the same bytes. `network` is not changed. Raises
