@@ -63,7 +63,13 @@ ALIASES: dict[str, str] = {
 }
 
 DETECTORS = ("fasterrcnn", "retinanet", "ssdlite")
-"""Kinds of detectors, which are named `KIND:BACKBONE`."""
+"""Kinds of detectors, which are named `KIND:BACKBONE` or `KIND@WIDTH:BACKBONE`."""
+
+DETECTOR_WIDTH = 64
+"""Channels of a detector's feature pyramid by default: a quarter of torchvision's, for small networks."""
+
+DETECTOR_WIDTHS = range(16, 513, 16)
+"""Supported widths: whole groups of GroupNorm."""
 
 DETECTOR_IMAGE_SIZE = 320
 """Default side of a detector's input in pixels, that of torchvision's small detectors."""
@@ -88,7 +94,8 @@ def list_architectures() -> list[str]:
 def resolve(name: str) -> str:
     """Return timm's name for a name typed by the user, with its pretrained tag (`resnet50.a1_in1k`) if any.
 
-    The name of a detector is its kind and that of its backbone: `retinanet:resnet50`.
+    The name of a detector is its kind and that of its backbone: `retinanet:resnet50`, or with the width of
+    its feature pyramid, `retinanet@256:resnet50`.
     Raises UnknownModel with the nearest names, or with the existing tags if only the tag is wrong.
     """
     import timm
@@ -97,9 +104,9 @@ def resolve(name: str) -> str:
     typed = name.strip()
     kind, separator, backbone = typed.partition(":")
     if separator:
-        if kind not in DETECTORS:
-            raise UnknownModel(f"Unknown detector {kind!r} of {typed!r}. Choose from {', '.join(DETECTORS)}.")
-        return f"{kind}:{resolve(backbone)}"
+        kind, width = parse_kind(kind)
+        shown = kind if width == DETECTOR_WIDTH else f"{kind}@{width}"
+        return f"{shown}:{resolve(backbone)}"
     architecture, _, tag = typed.partition(".")
     architecture = ALIASES.get(architecture, architecture)
     if not architecture or not timm.is_model(architecture):
@@ -124,7 +131,7 @@ def find_matching(pattern: str = "*") -> list[str]:
 
     pattern = pattern.strip().lower() or "*"
     kind, _, backbones = pattern.rpartition(":")
-    if kind in DETECTORS:
+    if kind.partition("@")[0] in DETECTORS:
         return [f"{kind}:{name}" for name in find_matching(backbones)]
     if not re.search(r"[*?\[]", pattern):
         pattern = f"*{pattern}*"
@@ -154,6 +161,21 @@ def split_name(full: str) -> tuple[str, str]:
     """Return the kind of a detector, empty for a classifier, and timm's name of the network or backbone."""
     kind, _, name = full.rpartition(":")
     return kind, name
+
+
+def parse_kind(kind: str) -> tuple[str, int]:
+    """Return kind and pyramid width of `KIND` or `KIND@WIDTH`. Raises UnknownModel if there is none such."""
+    name, _, digits = kind.partition("@")
+    if name not in DETECTORS:
+        raise UnknownModel(f"Unknown detector {kind!r}. Choose from {', '.join(DETECTORS)}.")
+    width = DETECTOR_WIDTH if name == kind else int(digits) if digits.isdecimal() else 0
+    if width not in DETECTOR_WIDTHS:
+        least, step, most = DETECTOR_WIDTHS.start, DETECTOR_WIDTHS.step, DETECTOR_WIDTHS[-1]
+        raise UnknownModel(
+            f"Detector {kind!r} has no valid width. It must be a multiple of {step} from {least} to {most}, "
+            f"as in {name}@256."
+        )
+    return name, width
 
 
 def is_detector(name: str) -> bool:
@@ -341,9 +363,10 @@ def create_network(
             from .detection.pyramid import create_backbone
             from .detection.two_stage import TwoStageDetector
 
+            kind, width = parse_kind(kind)
             detector = TwoStageDetector if kind == "fasterrcnn" else DenseDetector
-            height, width = to_2tuple(image_size)
-            network = detector(kind, create_backbone(name, **options), num_classes, (height, width))
+            backbone = create_backbone(name, **options)
+            network = detector(kind, backbone, num_classes, to_2tuple(image_size), width)
         else:
             network = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except UnknownModel:

@@ -14,7 +14,14 @@ from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
 from .keys import Matched, list_parts
-from .weights import class_count, is_detector, load_backbone, load_into
+from .weights import (
+    class_count,
+    is_detector,
+    is_torchvisions,
+    load_backbone,
+    load_into,
+    load_torchvision,
+)
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,14 @@ def initialize(
     if split_name(network.built_as.name)[0]:
         # Batches of detection are too small for statistics.
         network.freeze_norm()
-        if not is_detector(checkpoint):
+        if not is_detector(checkpoint) or is_torchvisions(checkpoint):
             if head == "keep":
                 raise ModelError(
-                    f"--{role}-head keep: {checkpoint.source} has weights of a backbone without a detector's "
-                    f"head. Use --{role}-head auto."
+                    f"--{role}-head keep: the classes of {checkpoint.source} are not those of this kind of "
+                    f"detector. Use --{role}-head auto."
                 )
-            matched = load_backbone(network, checkpoint)
+            load = load_torchvision if is_torchvisions(checkpoint) else load_backbone
+            matched = load(network, checkpoint)
             if source != "auto":
                 weights = _describe_file(weights, checkpoint, matched, note)
             return InitialNetwork(network, weights, head="replaced", license=weights_license)

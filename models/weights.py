@@ -84,6 +84,37 @@ def load_backbone(detector: Any, checkpoint: Checkpoint) -> Matched:
     return matched
 
 
+def is_torchvisions(checkpoint: Checkpoint) -> bool:
+    """Return True if these are weights of a detector of torchvision, such as those for COCO."""
+    return any(key.startswith("backbone.body.") for key in checkpoint.state_dict)
+
+
+def load_torchvision(detector: Any, checkpoint: Checkpoint) -> Matched:
+    """Load weights of torchvision's detector of the same backbone, except its classes.
+
+    The pyramid and the heads are loaded as far as they have the same layers: those of
+    `retinanet_resnet50_fpn_v2` fit `retinanet@256:resnet50` except the two coarsest levels of the pyramid.
+    Raises ModelError if the backbone is another one, or values are not finite.
+    """
+    target = detector.state_dict()
+    weights = {
+        re.sub(r"^backbone\.fpn\.", "fpn.", key.replace("backbone.body.", "backbone.", 1)): value
+        for key, value in checkpoint.state_dict.items()
+    }
+    misfits = _misfit_keys(weights, target)
+    if any(key.startswith("backbone.") for key in misfits):
+        own = {key: value for key, value in target.items() if key.startswith("backbone.")}
+        backbone = {key: value for key, value in weights.items() if key.startswith("backbone.")}
+        raise ModelError(_describe_misfits(checkpoint, detector, backbone, own))
+    layers = {key.rpartition(".")[0] for key in misfits | _head_keys(detector, target)}
+    fitting = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in layers}
+    _refuse_broken(fitting, target, checkpoint)
+    detector.load_state_dict(fitting, strict=False)
+    return Matched(
+        fitting, "layers of torchvision's detector", left_out=frozenset(weights.keys() - fitting.keys())
+    )
+
+
 def match(network: nn.Module, checkpoint: Checkpoint, *, features_only: bool = False) -> Matched:
     """Return a checkpoint's weights under the network's names, see `match_keys`.
 

@@ -26,7 +26,7 @@ from torchvision.models.detection.retinanet import (
 )
 from torchvision.models.detection.ssdlite import SSDLiteClassificationHead, SSDLiteRegressionHead
 
-from .pyramid import DETECTIONS, LEVELS, WIDTH, PyramidDetector, create_anchors
+from .pyramid import DETECTIONS, LEVELS, PyramidDetector, create_anchors
 
 CHANNELS_PER_GROUP = 8
 """Of GroupNorm, as in torchvision's `retinanet_resnet50_fpn_v2`."""
@@ -43,6 +43,7 @@ class DenseDetector(PyramidDetector, RetinaNet):
         kind: `retinanet` or `ssdlite`.
         backbone: see `create_backbone`.
         image_size: height and width of the input in pixels.
+        width: channels of the pyramid, a multiple of 8.
     """
 
     head: Any
@@ -50,16 +51,18 @@ class DenseDetector(PyramidDetector, RetinaNet):
     compute_loss: Any
     postprocess_detections: Any
 
-    def __init__(self, kind: str, backbone: Any, num_classes: int, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, kind: str, backbone: Any, num_classes: int, image_size: tuple[int, int], width: int
+    ) -> None:
         generator = create_anchors(SCALES[kind], image_size)
-        head = _build_head(kind, generator.num_anchors_per_location()[0], num_classes)
-        backbone.out_channels = WIDTH
+        head = _build_head(kind, width, generator.num_anchors_per_location()[0], num_classes)
+        backbone.out_channels = width
         super().__init__(
             backbone, num_classes, anchor_generator=generator, head=head, detections_per_img=DETECTIONS
         )
         del self.transform  # of torchvision's images of any size
         self.kind, self.has_tower = kind, kind == "retinanet"
-        self.build_pyramid(generator, num_classes, image_size)
+        self.build_pyramid(generator, num_classes, image_size, width)
 
     def raw(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return class logits [B,A,K] and box deltas [B,A,4] of images [B,3,H,W]."""
@@ -149,7 +152,7 @@ class DenseDetector(PyramidDetector, RetinaNet):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the class scores of the head by new ones."""
-        head = _build_head(self.kind, self.anchors_per_location, num_classes)
+        head = _build_head(self.kind, self.fpn_width, self.anchors_per_location, num_classes)
         for name in self.classifier_names():
             self.set_submodule(name, head.get_submodule(name.removeprefix("head.")))
         scores = self.head.classification_head
@@ -161,11 +164,11 @@ class DenseDetector(PyramidDetector, RetinaNet):
         return [f"head.classification_head.module_list.{level}.1" for level in range(LEVELS)]
 
 
-def _build_head(kind: str, anchors: int, num_classes: int) -> nn.Module:
+def _build_head(kind: str, width: int, anchors: int, num_classes: int) -> nn.Module:
     if kind == "ssdlite":
-        return _LiteHead(anchors, num_classes)
-    norm = partial(nn.GroupNorm, WIDTH // CHANNELS_PER_GROUP)
-    head: nn.Module = RetinaNetHead(WIDTH, anchors, num_classes, norm_layer=norm)
+        return _LiteHead(width, anchors, num_classes)
+    norm = partial(nn.GroupNorm, width // CHANNELS_PER_GROUP)
+    head: nn.Module = RetinaNetHead(width, anchors, num_classes, norm_layer=norm)
     return head
 
 
@@ -190,9 +193,9 @@ class _LiteRegressionHead(SSDLiteRegressionHead):
 
 
 class _LiteHead(RetinaNetHead):
-    def __init__(self, anchors: int, num_classes: int) -> None:
+    def __init__(self, width: int, anchors: int, num_classes: int) -> None:
         nn.Module.__init__(self)
         norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # those of torchvision's SSDLite
-        channels, counts = [WIDTH] * LEVELS, [anchors] * LEVELS
+        channels, counts = [width] * LEVELS, [anchors] * LEVELS
         self.classification_head = _LiteClassificationHead(channels, counts, num_classes, norm)
         self.regression_head = _LiteRegressionHead(channels, counts, norm)

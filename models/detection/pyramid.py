@@ -32,8 +32,6 @@ from ..readout import LOGITS, Readouts, Reads, Shapes
 STRIDES = (8, 16, 32)
 """Of the backbone's maps, in pixels of the input."""
 LEVELS = 5
-WIDTH = 64
-"""Channels of the pyramid: a quarter of torchvision's, for small networks."""
 RATIOS = (0.5, 1.0, 2.0)
 """Height over width of anchors."""
 DETECTIONS = 100
@@ -92,12 +90,12 @@ class PyramidDetector(nn.Module):
     """Numbers in the vector of a region."""
 
     def build_pyramid(
-        self, generator: AnchorGenerator, num_classes: int, image_size: tuple[int, int]
+        self, generator: AnchorGenerator, num_classes: int, image_size: tuple[int, int], width: int
     ) -> None:
         """Add the pyramid and the anchors to a module with a `backbone`, see `create_backbone`."""
-        self.image_size, self.num_classes, self.fpn_width = image_size, num_classes, WIDTH
+        self.image_size, self.num_classes, self.fpn_width = image_size, num_classes, width
         self.fpn = FeaturePyramidNetwork(
-            self.backbone.feature_info.channels(), WIDTH, extra_blocks=LastLevelP6P7(WIDTH, WIDTH)
+            self.backbone.feature_info.channels(), width, extra_blocks=LastLevelP6P7(width, width)
         )
         self.anchors_per_location = generator.num_anchors_per_location()[0]
         self.has_frozen_norm = False

@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import (
 )
 from torchvision.ops import clip_boxes_to_image
 
-from .pyramid import DETECTIONS, STRIDES, WIDTH, PyramidDetector, create_anchors
+from .pyramid import DETECTIONS, STRIDES, PyramidDetector, create_anchors
 from .regions import build_box_head, onnx_operators, pool_fixed, pool_listed, suppress
 
 REGIONS = 128
@@ -56,6 +56,7 @@ class TwoStageDetector(PyramidDetector):
         kind: `fasterrcnn`.
         backbone: see `create_backbone`.
         image_size: height and width of the input in pixels.
+        width: channels of the pyramid.
     """
 
     output_names = ("logits", "boxes", "regions")
@@ -63,16 +64,18 @@ class TwoStageDetector(PyramidDetector):
     background_classes = 1
     """Rows of the classifier before those of the classes."""
 
-    def __init__(self, kind: str, backbone: Any, num_classes: int, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, kind: str, backbone: Any, num_classes: int, image_size: tuple[int, int], width: int
+    ) -> None:
         super().__init__()
         self.kind, self.backbone = kind, backbone
         generator = create_anchors((0.0,), image_size)
-        self.build_pyramid(generator, num_classes, image_size)
+        self.build_pyramid(generator, num_classes, image_size, width)
         self.proposal_anchors = self.anchors_per_location
         self.anchors_per_location = 1  # of the classifier
         self.rpn = RegionProposalNetwork(
             generator,
-            RPNHead(WIDTH, self.proposal_anchors),
+            RPNHead(width, self.proposal_anchors),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -83,7 +86,7 @@ class TwoStageDetector(PyramidDetector):
         )
         self.roi_heads = RoIHeads(
             None,  # pooling is a function
-            build_box_head(WIDTH, REGION_WIDTH),
+            build_box_head(width, REGION_WIDTH),
             BoxPredictor(REGION_WIDTH, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,

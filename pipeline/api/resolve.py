@@ -100,6 +100,8 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         chosen.unlabeled_ratio = chosen.unlabeled_ratio or 1.0
     default_balance = "off" if has_set_weight else task_of(data).default_balance
     chosen.balance = chosen.balance or (default_balance if parameters else "off")
+    if (reason := task_of(data).needs_label_loss) and chosen.weight.get("ce") == 0:
+        raise UsageError(f"--weight ce=0 does not support {data.task}: {reason}. Set it above 0.")
     for name, reason in task_of(data).unsupported.items():
         if getattr(chosen, name):
             raise UsageError(f"{get_flag(name)} does not support {data.task}: {reason}. Remove it.")
@@ -205,12 +207,15 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
     optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(optimizer)
-    batch = chosen.batch_size = min(chosen.batch_size or defaults.choose_batch_size(images), images)
-    rate = partial(defaults.choose_learning_rate, batch, optimizer)
+    detector = is_detector(chosen.student)
+    batch = chosen.batch_size or defaults.choose_batch_size(images, detector=detector)
+    batch = chosen.batch_size = min(batch, images)
+    rate = partial(defaults.choose_learning_rate, batch, optimizer, detector=detector)
+    epochs = partial(defaults.choose_epochs, images=images, batch=batch, detector=detector)
     if chosen.epochs is None:
-        chosen.epochs = defaults.choose_epochs("student", images, batch, scratch=scratch)
+        chosen.epochs = epochs("student", scratch=scratch)
     if chosen.teacher_epochs is None:
-        chosen.teacher_epochs = defaults.choose_epochs("teacher", images, batch, scratch=teacher_scratch)
+        chosen.teacher_epochs = epochs("teacher", scratch=teacher_scratch)
     if chosen.lr is None:
         chosen.lr = rate("student", scratch=scratch, has_batch_norm=has_batch_norm(chosen.student))
     if chosen.teacher_lr is None:

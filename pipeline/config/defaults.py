@@ -15,6 +15,9 @@ TUNING_STEPS, MAX_TUNING_EPOCHS = 300, 40
 most 1 point over 216.
 """
 
+DETECTOR_STEPS = 1_000
+"""Least steps of detectors, whose heads are new, within as many epochs."""
+
 CACHE_VIEWS = 30
 """Ten views of each image, seen three times each, cost accuracy; 30 did not measurably (docs/benchmarks.md).
 Most trainings with default options have 20 to 60 epochs.
@@ -46,22 +49,24 @@ TABLE: tuple[Row, ...] = (
     Row("--method", "quest; mimic+pkd for detectors", "quest+mimic if one teacher's vector can be matched"),
     Row(
         "--epochs",
-        "20; 60 from 2,000, 100 from 100,000 images",
-        "20; 10 from 100,000 images; up to 40 for 300 steps",
+        "20; 60 from 2,000, 100 from 100,000 images; detectors 40, 24 from 100,000",
+        "20; 10 from 100,000 images; up to 40 for 300 steps, of detectors for 1,000",
     ),
     Row(
         "--teacher-epochs",
-        "10; 60 from 2,000, 100 from 100,000 images",
-        "10; 5 from 100,000 images; up to 40 for 300 steps",
+        "10; 60 from 2,000, 100 from 100,000 images; detectors 40, 24 from 100,000",
+        "10; 5 from 100,000 images; up to 40 for 300 steps; detectors as --epochs",
     ),
-    Row("--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images"),
+    Row(
+        "--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images; an eighth for detectors"
+    ),
     Row("--optimizer", "adamw"),
     Row(
         "--lr",
-        "0.0028 at batch 64, proportional to √batch; 50 times that with SGD",
+        "0.0028 at batch 64, proportional to √batch; 0.0016 for detectors; 50 times that with SGD",
         "the same; 0.0002 at batch 64 without BatchNorm",
     ),
-    Row("--teacher-lr", "half of the default of --lr", "as --lr"),
+    Row("--teacher-lr", "half of the default of --lr; of detectors as --lr", "as --lr"),
     Row("--schedule", "cosine to zero"),
     Row("--warmup-epochs, --teacher-warmup-epochs", "1/10 of the epochs, at most 5"),
     Row("--weight-decay", "0.05"),
@@ -81,32 +86,43 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def choose_epochs(role: str, images: int, batch: int, *, scratch: bool) -> int:
+def choose_epochs(role: str, images: int, batch: int, *, scratch: bool, detector: bool = False) -> int:
     """Return the epochs of the ``student`` or a ``teacher`` for a number of training images.
 
     Pretrained weights need about ``TUNING_STEPS`` steps, which are many epochs of few images.
     """
+    if detector:
+        least = _by_size(images, (0, 20), (100_000, 12)) * (2 if scratch else 1)
+        return max(least, min(MAX_TUNING_EPOCHS, math.ceil(DETECTOR_STEPS / max(1, images // batch))))
     if scratch:
         return _by_size(images, (0, 10 if role == "teacher" else 20), (2_000, 60), (100_000, 100))
     least = _by_size(images, (0, 10), (100_000, 5)) * (1 if role == "teacher" else 2)
     return max(least, min(MAX_TUNING_EPOCHS, math.ceil(TUNING_STEPS / max(1, images // batch))))
 
 
-def choose_batch_size(images: int) -> int:
+def choose_batch_size(images: int, *, detector: bool = False) -> int:
     """Return the images per step for a number of training images."""
-    return _by_size(images, (0, 32), (2_000, 64), (20_000, 128), (200_000, 256))
+    size: int = _by_size(images, (0, 32), (2_000, 64), (20_000, 128), (200_000, 256))
+    return size // 8 if detector else size
 
 
 def choose_learning_rate(
-    batch: int, optimizer: str, role: str, *, scratch: bool, has_batch_norm: bool = True
+    batch: int,
+    optimizer: str,
+    role: str,
+    *,
+    scratch: bool,
+    has_batch_norm: bool = True,
+    detector: bool = False,
 ) -> float:
     """Return the peak learning rate.
 
     From scratch, that of a teacher, the larger network, is half the student's. Pretrained networks without
-    BatchNorm (transformers, ConvNeXt) are tuned at lower rates.
+    BatchNorm (transformers, ConvNeXt) are tuned at lower rates. Detectors have lower ones in both roles
+    (docs/detection.md).
     """
-    rate = 2.8e-3 if scratch or has_batch_norm else 2e-4
-    if scratch and role == "teacher":
+    rate = (1.6e-3 if detector else 2.8e-3) if scratch or has_batch_norm else 2e-4
+    if scratch and role == "teacher" and not detector:
         rate /= 2
     rate *= (batch / 64) ** 0.5
     return round(rate if is_adaptive(optimizer) else rate * ADAPTIVE_SCALE, 6)

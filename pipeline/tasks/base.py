@@ -89,6 +89,8 @@ class Task(ABC):
     """``--balance`` without the option."""
     unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Options that do not apply to the task, with the reason."""
+    needs_label_loss: ClassVar[str | None] = None
+    """Why the weight of the loss on labels cannot be 0; None if it can."""
     has_thresholds: ClassVar[bool] = False
     """True if predictions depend on thresholds, which are chosen on validation images."""
     has_boxes: ClassVar[bool] = False

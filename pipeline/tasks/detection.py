@@ -59,6 +59,7 @@ class Detection(Task):
             "label_smoothing": "the losses of detectors have none",
         }
     )
+    needs_label_loss = "no method trains the boxes"
     has_boxes = True
     labels_note = " of objects"
     prediction_note = (

@@ -77,6 +77,7 @@ def test_validation_repeats_the_score_of_the_run(finished: Path, data: Path) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--weight", "ce=0"), "--weight ce=0 does not support detection: no method trains the boxes"),
         (("--calibrate",), "--calibrate does not support detection: its scores have no temperature"),
         (("--qat",), "--qat does not support detection"),
         (("--method", "kd"), "--method kd does not support detection data"),

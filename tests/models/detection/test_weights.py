@@ -13,6 +13,7 @@ from questpress.models.errors import ModelError
 from questpress.models.initialize import InitialNetwork, initialize
 from questpress.models.weights import class_count, classifier_weight, load_into, permute_head
 from torch import Tensor, nn
+from torchvision.models.detection import retinanet_resnet50_fpn_v2
 
 SIZE = (96, 128)
 CLASSES = ["cat", "dog", "owl"]
@@ -31,8 +32,9 @@ def randomize(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def save(network: nn.Module, folder: Path, labels: list[str] | None = None) -> str:
-    metadata = {"architecture": network.built_as.name}
+def save(network: Any, folder: Path, labels: list[str] | None = None) -> str:
+    name = network.built_as.name if hasattr(network, "built_as") else "retinanet_resnet50_fpn_v2"
+    metadata = {"architecture": name}
     save_weights(
         network, folder / "w.safetensors", metadata | ({"labels": json.dumps(labels)} if labels else {})
     )
@@ -103,11 +105,34 @@ def test_head_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
         start("retinanet:test_efficientnet", file)
     saved = build("test_resnet", num_classes=5, image_size=64, seed=0)
     with pytest.raises(
-        ModelError, match=r"--teacher-head keep: .* without a detector's head\. Use --teacher"
+        ModelError, match=r"--teacher-head keep: the classes of w\.safetensors are not those .* Use --teacher"
     ):
         start("retinanet:test_resnet", save(saved, tmp_path), head="keep")
     with pytest.raises(ModelError, match=r"do not fit test_efficientnet: keys"):
         start("retinanet:test_efficientnet", str(tmp_path / "w.safetensors"))
+
+
+@torch.no_grad()
+def test_torchvisions_detectors_give_backbone_pyramid_and_heads_of_equal_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = randomize(retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None)).eval()
+    notes: list[str] = []
+    file = save(theirs, tmp_path)
+    initial = start("retinanet@256:resnet50", file, notes=notes)
+    assert initial.head == "replaced" and "left out: fpn (2 tensors), head (2" in notes[0]
+    ours: Any = initial.network.eval()
+    x = images()
+    expected = list(theirs.backbone(x).values())[:3]
+    for level, value in zip(ours.maps(x), expected, strict=False):
+        torch.testing.assert_close(level, value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ours.head.regression_head(expected), theirs.head.regression_head(expected), rtol=1e-3, atol=1e-4
+    )
+    small: Any = start("fasterrcnn:resnet50", file).network.eval()
+    for level, value in zip(small.backbone(x), theirs.backbone.body(x).values(), strict=True):
+        torch.testing.assert_close(level, value, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ModelError, match=r"do not fit retinanet:resnet18: keys"):
+        start("retinanet:resnet18", file)
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "test_efficientnet"])
