@@ -3,7 +3,6 @@
 Names are timm's own and short aliases. This module imports neither torch nor timm before it needs them.
 """
 
-import fnmatch
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -63,13 +62,10 @@ ALIASES: dict[str, str] = {
 }
 
 DETECTORS = ("fasterrcnn", "retinanet", "ssdlite")
-"""Kinds of detectors, which are named `KIND:BACKBONE` or `KIND@WIDTH:BACKBONE`."""
+"""Kinds of detectors, which are named `KIND:BACKBONE`, or `KIND@WIDTH:BACKBONE` with the pyramid's width."""
 
 DETECTOR_WIDTH = 64
 """Channels of a detector's feature pyramid by default: a quarter of torchvision's, for small networks."""
-
-DETECTOR_WIDTHS = range(16, 513, 16)
-"""Supported widths: whole groups of GroupNorm."""
 
 DETECTOR_IMAGE_SIZE = 320
 """Default side of a detector's input in pixels, that of torchvision's small detectors."""
@@ -94,8 +90,7 @@ def list_architectures() -> list[str]:
 def resolve(name: str) -> str:
     """Return timm's name for a name typed by the user, with its pretrained tag (`resnet50.a1_in1k`) if any.
 
-    The name of a detector is its kind and that of its backbone: `retinanet:resnet50`, or with the width of
-    its feature pyramid, `retinanet@256:resnet50`.
+    The name of a detector is its kind and that of its backbone, see `DETECTORS`.
     Raises UnknownModel with the nearest names, or with the existing tags if only the tag is wrong.
     """
     import timm
@@ -104,9 +99,8 @@ def resolve(name: str) -> str:
     typed = name.strip()
     kind, separator, backbone = typed.partition(":")
     if separator:
-        kind, width = parse_kind(kind)
-        shown = kind if width == DETECTOR_WIDTH else f"{kind}@{width}"
-        return f"{shown}:{resolve(backbone)}"
+        parse_kind(kind)
+        return f"{kind}:{resolve(backbone)}"
     architecture, _, tag = typed.partition(".")
     architecture = ALIASES.get(architecture, architecture)
     if not architecture or not timm.is_model(architecture):
@@ -120,23 +114,6 @@ def resolve(name: str) -> str:
         offer = f"Choose from {', '.join(tags)}" if tags else "Omit the tag"
         raise UnknownModel(f"Model {architecture} has no pretrained tag {tag!r}. {offer}.")
     return full
-
-
-def find_matching(pattern: str = "*") -> list[str]:
-    """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere.
-
-    A pattern after a kind of detector matches backbones: `retinanet:mobilenet*`.
-    """
-    from timm.models._registry import _natural_key
-
-    pattern = pattern.strip().lower() or "*"
-    kind, _, backbones = pattern.rpartition(":")
-    if kind.partition("@")[0] in DETECTORS:
-        return [f"{kind}:{name}" for name in find_matching(backbones)]
-    if not re.search(r"[*?\[]", pattern):
-        pattern = f"*{pattern}*"
-    names = {*list_architectures(), *ALIASES}
-    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural_key)
 
 
 def find_nearest(name: str) -> list[str]:
@@ -165,15 +142,13 @@ def split_name(full: str) -> tuple[str, str]:
 
 def parse_kind(kind: str) -> tuple[str, int]:
     """Return kind and pyramid width of `KIND` or `KIND@WIDTH`. Raises UnknownModel if there is none such."""
-    name, _, digits = kind.partition("@")
+    name, separator, digits = kind.partition("@")
     if name not in DETECTORS:
         raise UnknownModel(f"Unknown detector {kind!r}. Choose from {', '.join(DETECTORS)}.")
-    width = DETECTOR_WIDTH if name == kind else int(digits) if digits.isdecimal() else 0
-    if width not in DETECTOR_WIDTHS:
-        least, step, most = DETECTOR_WIDTHS.start, DETECTOR_WIDTHS.step, DETECTOR_WIDTHS[-1]
+    width = DETECTOR_WIDTH if not separator else int(digits) if digits.isdecimal() else 0
+    if width not in range(16, 513, 16):  # whole groups of GroupNorm
         raise UnknownModel(
-            f"Detector {kind!r} has no valid width. It must be a multiple of {step} from {least} to {most}, "
-            f"as in {name}@256."
+            f"The width in {kind!r} must be a multiple of 16 from 16 to 512, as in {name}@256."
         )
     return name, width
 

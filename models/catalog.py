@@ -1,6 +1,8 @@
 """Models to choose from: cost, license, and published weights, which are downloaded or refused in seconds."""
 
+import fnmatch
 import hashlib
+import re
 import urllib.error
 import urllib.request
 import zipfile
@@ -13,11 +15,12 @@ import torch
 
 from .build import (
     ALIASES,
+    DETECTORS,
     Size,
     create_network,
     default_image_size,
-    find_matching,
     find_nearest,
+    list_architectures,
     pretrained_cfg,
     resolve,
     split_name,
@@ -301,6 +304,23 @@ def _cost(full: str, image_size: Size, classes: int | None = None) -> tuple[int,
     except Exception:  # the operations of a few networks have no shapes-only form, or they refuse this size
         return parameters, None
     return parameters, counter.get_total_flops() / 2 / 1e9
+
+
+def find_matching(pattern: str = "*") -> list[str]:
+    """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere.
+
+    A pattern after a kind of detector matches backbones: `retinanet:mobilenet*`.
+    """
+    from timm.models._registry import _natural_key
+
+    pattern = pattern.strip().lower() or "*"
+    kind, _, backbones = pattern.rpartition(":")
+    if kind.partition("@")[0] in DETECTORS:
+        return [f"{kind}:{name}" for name in find_matching(backbones)]
+    if not re.search(r"[*?\[]", pattern):
+        pattern = f"*{pattern}*"
+    names = {*list_architectures(), *ALIASES}
+    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural_key)
 
 
 def list_models(pattern: str = "*", image_size: Size | None = None) -> dict[str, Entry | str | None]:

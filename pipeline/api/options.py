@@ -91,6 +91,17 @@ def choose_method(chosen: Options) -> str:
     return defaults.SCRATCH_METHOD
 
 
+def check_optimizer(name: str) -> None:
+    """Raise UsageError with the nearest names unless timm has this optimizer."""
+    from timm.optim import list_optimizers
+
+    names = [str(optimizer) for optimizer in list_optimizers()]
+    if name not in names:
+        near = get_close_matches(name, names, n=3)
+        advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
+        raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
+
+
 def starts_from_scratch(chosen: Options) -> bool:
     """Return True if the student starts without weights; published ones do not help with the digits."""
     if chosen.student_weights != "auto":

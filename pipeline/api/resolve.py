@@ -3,7 +3,6 @@
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
 from ..training.weights import check_weights_file
-from .options import choose_method, starts_from_scratch
+from .options import check_optimizer, choose_method, starts_from_scratch
 
 MAX_STRETCH = 1.1
 """Largest difference in shape between the student's input and the teacher's."""
@@ -206,21 +205,22 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     scratch = starts_from_scratch(chosen)
     chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
     optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     detector = is_detector(chosen.student)
-    batch = chosen.batch_size or defaults.choose_batch_size(images, detector=detector)
-    batch = chosen.batch_size = min(batch, images)
-    rate = partial(defaults.choose_learning_rate, batch, optimizer, detector=detector)
+    batch = min(chosen.batch_size or defaults.choose_batch_size(images, detector=detector), images)
+    chosen.batch_size = batch
+
+    def rate(role: str, names: Sequence[str], *, scratch: bool) -> float:
+        with_norm = all(map(has_batch_norm, names))
+        return defaults.choose_learning_rate(
+            batch, optimizer, role, scratch=scratch, has_batch_norm=with_norm, detector=detector
+        )
+
     epochs = partial(defaults.choose_epochs, images=images, batch=batch, detector=detector)
-    if chosen.epochs is None:
-        chosen.epochs = epochs("student", scratch=scratch)
-    if chosen.teacher_epochs is None:
-        chosen.teacher_epochs = epochs("teacher", scratch=teacher_scratch)
-    if chosen.lr is None:
-        chosen.lr = rate("student", scratch=scratch, has_batch_norm=has_batch_norm(chosen.student))
-    if chosen.teacher_lr is None:
-        with_norm = all(has_batch_norm(name) for name in chosen.teacher)
-        chosen.teacher_lr = rate("teacher", scratch=teacher_scratch, has_batch_norm=with_norm)
+    chosen.epochs = chosen.epochs or epochs("student", scratch=scratch)
+    chosen.teacher_epochs = chosen.teacher_epochs or epochs("teacher", scratch=teacher_scratch)
+    chosen.lr = chosen.lr or rate("student", [chosen.student], scratch=scratch)
+    chosen.teacher_lr = chosen.teacher_lr or rate("teacher", chosen.teacher, scratch=teacher_scratch)
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     if chosen.schedule == "multistep" and not chosen.milestones:
         raise UsageError("--schedule multistep requires --milestones, such as 150,180,210.")
@@ -378,16 +378,6 @@ def _check_weights_of_losses(chosen: Options, methods: list[str]) -> None:
             raise UsageError(f"--weight {name}={value:g}: a weight must not be negative.")
     if chosen.weight.get("ce", 1) == 0 and not any(chosen.weight.get(name, 1) for name in methods):
         raise UsageError("--weight: all losses have weight 0. Set one of them above 0.")
-
-
-def _check_optimizer(name: str) -> None:
-    from timm.optim import list_optimizers
-
-    names = [str(optimizer) for optimizer in list_optimizers()]
-    if name not in names:
-        near = get_close_matches(name, names, n=3)
-        advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
-        raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
 
 
 def _choose_export(chosen: Options) -> None:

@@ -2,22 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Detector, open_model
+from questpress.pipeline.training import loop
 
 from tests.support import little
 from tests.support.boxes import COLORS, scene, write_coco
 from tests.support.little import compress, refused, report
 
-NETWORK = "retinanet:test_efficientnet"
 OPTIONS = (
-    "--teacher", NETWORK, "--teacher-weights", "none", "--student", NETWORK, "--student-weights", "none",
-    "--image-size", "64", "--batch-size", "8", "--teacher-epochs", "1", "--epochs", "1",
+    "--teacher-weights", "none", "--student-weights", "none", "--image-size", "64",
+    "--batch-size", "8", "--teacher-epochs", "1", "--epochs", "1",
     "--calibration-images", "4", "--calibration", "minmax",
 )  # fmt: skip
+
+
+def networks(name: str) -> tuple[str, ...]:
+    return ("--teacher", name, "--student", name, *OPTIONS)
+
+
+RETINANET = networks("retinanet:test_efficientnet")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     little.check_success(compress(
-        *OPTIONS, "--method", "mimic+pkd", "--set", "mimic.hashes=8", "--data", data,
+        *RETINANET, "--method", "mimic+pkd", "--set", "mimic.hashes=8", "--data", data,
         "--out", folder / "run", "--cache", folder / "cache", "--until", "validate",
     ))  # fmt: skip
     return folder / "run"
@@ -74,6 +82,34 @@ def test_validation_repeats_the_score_of_the_run(finished: Path, data: Path) -> 
     assert np.isclose(report(finished)["student_int8"]["score"]["percent"], scores, atol=1e-6).any()
 
 
+def test_interrupted_two_stage_training_resumes_to_the_bit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its anchors and regions are sampled at random in each step.
+    arguments = (
+        *networks("fasterrcnn:test_efficientnet"), "--epochs", "2", "--method", "mimic+pkd",
+        "--set", "mimic.hashes=8", "--data", data, "--cache", tmp_path / "cache", "--until", "student",
+    )  # fmt: skip
+    little.check_success(compress(*arguments, "--out", tmp_path / "whole"))
+    real, steps = loop.backward, []
+
+    def interrupted(*passed: Any) -> None:
+        steps.append(1)
+        if len(steps) == 4:  # in the second epoch, as the teacher is that of the first run
+            raise KeyboardInterrupt
+        real(*passed)
+
+    monkeypatch.setattr(loop, "backward", interrupted)
+    assert compress(*arguments, "--out", tmp_path / "run").exit_code == 130
+    monkeypatch.setattr(loop, "backward", real)
+    little.check_success(compress(*arguments, "--out", tmp_path / "run"))
+    runs = (tmp_path / "whole", tmp_path / "run")
+    whole, resumed = (little.weights(run / "student.safetensors") for run in runs)
+    assert whole == resumed
+    epochs = [[epoch["losses"] for epoch in report(run)["epochs"]] for run in runs]
+    assert epochs[0] == epochs[1] and {"ce", "mimic", "pkd"} <= epochs[0][-1].keys()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -87,5 +123,5 @@ def test_validation_repeats_the_score_of_the_run(finished: Path, data: Path) -> 
 def test_options_of_classifiers_are_refused(
     more: tuple[str, ...], message: str, data: Path, tmp_path: Path
 ) -> None:
-    result = compress(*OPTIONS, "--method", "pkd", "--data", data, "--out", tmp_path / "run", *more)
+    result = compress(*RETINANET, "--method", "pkd", "--data", data, "--out", tmp_path / "run", *more)
     assert message in refused(result, 2)

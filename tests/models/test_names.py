@@ -2,7 +2,8 @@ import subprocess
 import sys
 
 import pytest
-from questpress.models.build import ALIASES, find_matching, find_nearest, list_architectures, resolve
+from questpress.models.build import ALIASES, find_nearest, list_architectures, resolve
+from questpress.models.catalog import find_matching
 from questpress.models.errors import ModelError, UnknownModel
 
 

@@ -128,3 +128,13 @@ def toy_detector(size: tuple[int, int]) -> Any:
         layer.weight *= spread / values.std()
     classes.bias.fill_(-2.0)
     return network
+
+
+def toy_region_detector(size: tuple[int, int]) -> Any:
+    """Return a Faster R-CNN of three classes with new weights whose scores and boxes differ widely."""
+    network = build("fasterrcnn:test_efficientnet", num_classes=3, image_size=size, seed=0).eval()
+    network.requires_grad_(False)
+    for name, layer in network.named_modules():
+        if name.endswith(("cls_logits", "bbox_pred", "cls_score")):
+            layer.weight *= 30
+    return network
