@@ -27,6 +27,7 @@ from .. import methods
 from ..config import defaults
 from ..config.network import NetworkSpec
 from ..config.options import Options, get_flag
+from ..config.stages import BASELINE
 from ..data.dataset import ImageSet, Progress
 from ..data.decode import sample_sizes
 from ..data.sources import open_data
@@ -251,11 +252,15 @@ def _check_rounds(chosen: Options) -> None:
 
 
 def _check_unused(chosen: Options) -> None:
+    if chosen.until in ("qat", BASELINE) and not getattr(chosen, chosen.until):
+        flag = f"--{chosen.until}"
+        raise UsageError(f"--until {chosen.until} requires {flag}. Add {flag} or stop after another stage.")
     names = methods.parse_methods(chosen.method)
     if not names:
-        for name in ("cache_views", "balance", "unlabeled"):
+        for name in ("cache_views", "balance", "unlabeled", "baseline"):
             if (value := getattr(chosen, name)) not in (None, 0, "off"):
-                raise UsageError(f"{get_flag(name)} {value} has no effect with --method none. Remove it.")
+                shown = "" if value is True else f" {value}"
+                raise UsageError(f"{get_flag(name)}{shown} has no effect with --method none. Remove it.")
     if chosen.unlabeled is not None:
         check_unlabeled(chosen.unlabeled, chosen.data)
         check_outside_data(chosen.unlabeled, {"--cache": chosen.cache})
@@ -394,8 +399,6 @@ def _choose_export(chosen: Options) -> None:
         for name in ("qat_epochs", "qat_lr"):
             if getattr(chosen, name) is not None:
                 raise UsageError(f"{get_flag(name)} requires --qat. Add --qat or remove it.")
-        if chosen.until == "qat":
-            raise UsageError("--until qat requires --qat. Add --qat or stop after another stage.")
         return
     assert chosen.epochs and chosen.lr
     chosen.qat_epochs = chosen.qat_epochs or max(1, round(chosen.epochs * QAT_EPOCHS))

@@ -15,7 +15,7 @@ from ...export.runtime import allowed_cores, height_width
 from ...models.build import show_size
 from ...models.catalog import Entry, describe
 from ..config.options import Options, get_flag, get_group, get_stage
-from ..config.stages import ROUND, get_kind
+from ..config.stages import BASELINE, ROUND, get_kind
 from ..data.dataset import ImageSet
 from ..data.training_data import TrainingData
 from ..errors import UsageError
@@ -187,7 +187,9 @@ def _run_stages(
         folder.record.threads = threads()
         folder.begin(config, _select_repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)
-    trains = any(get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
+    trains = any(
+        get_kind(stage) in (*TRAINING, "qat", BASELINE) for stage in folder.unfinished(options.until)
+    )
     if (options.tensorboard or options.track) and not trains:
         display.note("no curves are logged: all trainings are finished")
     with display.stage("start") as progress:
@@ -326,6 +328,9 @@ def estimate(options: Options, data: ImageSet, device: str, stages: Sequence[str
         assert options.qat_epochs
         macs += (STEP * own + distilling) * seen * options.qat_epochs
         lines.append(f"{plural(options.qat_epochs, 'epoch')} with fake quantization")
+    if BASELINE in stages:
+        macs += STEP * own * train * options.epochs
+        lines.append(f"the same student for {plural(options.epochs, 'epoch')} without the teacher")
     seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + len(data.learned) * 3 * 4 * math.prod(height_width(size))

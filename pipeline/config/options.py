@@ -23,7 +23,9 @@ from .limits import check_limits, check_not_boolean
 
 GROUPS = ("Models and data", "Weights", "Method", "Training", "Images", "Export", "Execution")
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
-Stage = Literal["teacher", "prepare", "student", "export", "qat", "quantize", "validate", "bench", "report"]
+Stage = Literal[
+    "teacher", "prepare", "student", "export", "qat", "quantize", "validate", "bench", "baseline", "report"
+]
 
 
 def option(help: str, default: Any = None, *, group: str, enters: str | None = None, **limits: Any) -> Any:
@@ -215,6 +217,11 @@ class Options(BaseModel):
         le=100,
     )
 
+    baseline: bool = training_option(
+        "also train the student without the teacher, and report what the teacher brought",
+        False,
+        enters="baseline",
+    )
     epochs: int | None = training_option("epochs of the student", enters="student", ge=1)
     teacher_epochs: int | None = training_option("epochs of a teacher that is trained or fine-tuned", ge=1)
     batch_size: int | None = training_option("labeled images per step, over all devices", ge=2)

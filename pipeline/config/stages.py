@@ -14,14 +14,20 @@ from .options import STAGES
 
 ROUND = "round"
 QAT = "qat"
+BASELINE = "baseline"
 
 
-def list_stages(rounds: int, qat: bool = False) -> tuple[str, ...]:
+def list_stages(rounds: int, qat: bool = False, baseline: bool = False) -> tuple[str, ...]:
     """Return the stages of a run in order."""
+    last = STAGES.index("report")
     first, second = STAGES.index("prepare"), STAGES.index("quantize")
     earlier_rounds = [f"{ROUND} {k}" for k in range(1, rounds)]
     fine_tuning = [QAT] if qat else []
-    return (*STAGES[:first], *earlier_rounds, *STAGES[first:second], *fine_tuning, *STAGES[second:])
+    without_teacher = [BASELINE] if baseline else []
+    return (
+        *STAGES[:first], *earlier_rounds, *STAGES[first:second], *fine_tuning, *STAGES[second:last],
+        *without_teacher, *STAGES[last:],
+    )  # fmt: skip
 
 
 def get_kind(stage: str) -> str:

@@ -264,8 +264,8 @@ def mean_of_classes(values: ndarray) -> ndarray:
     return 100 * values[:, has_boxes].mean(1)
 
 
-def compare(first: Matches, second: Matches) -> tuple[float, float]:
-    """Return the AP of the first minus that of the second in points, and the p of the paired bootstrap.
+def compare(first: Matches, second: Matches) -> tuple[float, float, float, float]:
+    """Return the AP of the first minus that of the second in points, and p and interval by paired bootstrap.
 
     p is two-sided: twice the fraction of the resamples of the images with a difference of the other sign.
     """
@@ -274,4 +274,7 @@ def compare(first: Matches, second: Matches) -> tuple[float, float]:
     differences = (drawn[:, 0] - drawn[:, 1])[np.isfinite(drawn).all(1)]
     sides = (np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = 2 * (min(sides) + 1) / (len(differences) + 1)
-    return (points - others if differences.size else 0.0), min(1.0, float(p))
+    if not differences.size:
+        return 0.0, 1.0, 0.0, 0.0
+    low, high = np.percentile(differences, (2.5, 97.5))
+    return points - others, min(1.0, float(p)), float(low), float(high)

@@ -20,6 +20,16 @@ def mcnemar(worse: int, better: int) -> float:
     return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
 
 
+def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two accuracies on the same n images, in points.
+
+    Wald's with half an image added to each of the four counts (Agresti, Min, Statistics in Medicine 2005).
+    """
+    b, c, total = only_first + 0.5, only_second + 0.5, n + 2.0
+    center, half = (b - c) / total, 1.96 * (b + c - (b - c) ** 2 / total) ** 0.5 / total
+    return 100 * max(-1.0, center - half), 100 * min(1.0, center + half)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Return the p-values of several tests adjusted for a family-wise error of 5 % (Holm 1979), in order."""
     order = np.argsort(np.asarray(p, dtype=np.float64), kind="stable")

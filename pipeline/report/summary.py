@@ -1,6 +1,6 @@
 """The first screen of a report: what was made, three key figures, and warnings."""
 
-from ..runs.results import Report
+from ..runs.results import Baseline, Report
 from ..tasks import task_of
 from . import format, networks
 from .networks import Column
@@ -144,6 +144,8 @@ def _score(report: Report) -> KeyFigure:
         for name, value in list(score.details.items())[:MAX_DETAILS]
     ]
     details = [f"95 % interval {format.score_interval(score)}"]
+    if report.baseline is not None:
+        details.append(describe_baseline(report.baseline))
     details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     return KeyFigure(
         format.score_percent(score),
@@ -155,6 +157,16 @@ def _score(report: Report) -> KeyFigure:
             if column.subject.score is not None and column.key in ("teacher", shipped.key)
         ],
     )
+
+
+def describe_baseline(baseline: Baseline) -> str:
+    """Return what the teacher brought: the score of the student trained without it, and the difference."""
+    score, n = baseline.score, baseline.score.n
+    text = f"without the teacher {format.score(score)}: it brought {format.points(baseline.points, n)}"
+    if baseline.low is None or baseline.high is None or baseline.p is None:
+        return text
+    low, high = (format.points(value, n) for value in (baseline.low, baseline.high))
+    return f"{text} ({low} to {high}, {format.p_equals(baseline.p)}; both fp32 in PyTorch)"
 
 
 def warnings(report: Report) -> list[str]:

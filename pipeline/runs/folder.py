@@ -15,8 +15,8 @@ import yaml
 
 from ...export.files import remove
 from ..config.limits import read_yaml
-from ..config.options import Options, get_flag, get_group
-from ..config.stages import list_stages
+from ..config.options import Options, get_flag, get_group, get_stage
+from ..config.stages import BASELINE, list_stages
 from ..errors import JobError, UsageError
 from .files import check_unlocked, check_writable, lock, write_text
 from .hashes import digest, sha256
@@ -131,7 +131,8 @@ class RunFolder:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return list_stages(self.record.config.get("rounds", 1), self.record.config.get("qat", False))
+        config = self.record.config
+        return list_stages(config.get("rounds", 1), config.get("qat", False), config.get("baseline", False))
 
     @property
     def checkpoints(self) -> Path:
@@ -297,7 +298,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return the changed options, such as ``--epochs was 12, now 13``.
 
-    Options of export are ignored: with other ones the files are exported again, which is cheap.
+    Options of export and the baseline are ignored: they change no earlier training.
     """
     old, new = _flatten(before), _flatten(after)
     return [
@@ -314,7 +315,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by flag; those of ``--set`` and ``--weight`` by key."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if name in Options.model_fields and get_group(name) == "Export":
+        if name in Options.model_fields and (get_group(name) == "Export" or get_stage(name) == BASELINE):
             continue
         if isinstance(value, Mapping):
             flat |= {f"{get_flag(name)} {key}": part for key, part in value.items()}

@@ -144,6 +144,7 @@ class TrackerEntry(BaseModel):
 class _StageOptions(BaseModel):
     rounds: Annotated[int, Field(ge=1, le=1000)] = 1
     qat: bool = False
+    baseline: bool = False
 
 
 def _check_stage_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -255,6 +255,24 @@ class Round(Result):
     """Path of the weights inside the run folder."""
 
 
+class Baseline(Result):
+    """The student trained without the teacher, against the distilled one: both fp32 in PyTorch, on test."""
+
+    score: Score
+    val_score: Score | None = None
+    student: Score
+    """Score of the distilled student."""
+    points: float
+    """Score of the distilled student minus that of the baseline."""
+    low: float | None = None
+    high: float | None = None
+    """Paired 95 % interval of ``points``; None if the task has none."""
+    p: float | None = None
+    """Of the paired test."""
+    file: str
+    """Path of the weights inside the run folder."""
+
+
 class Reconstruction(Result):
     """FEED: distance between the translated map of the student and a teacher's, in the last epoch."""
 
@@ -375,6 +393,7 @@ class Report(Result):
     words: list[Words] = []
     reconstruction: list[Reconstruction] = []
     rounds: list[Round] = []
+    baseline: Baseline | None = None
     hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     teacher_cache: TeacherCacheUse | None = None

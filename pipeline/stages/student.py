@@ -38,10 +38,10 @@ from ..training.weights import load_network, load_teacher, weights_metadata
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
     if context.round.ships:
-        return _train(context, data, previous)
+        return train(context, data, previous)
     prepared = _prepare_round(context, data, previous) if context.ranks.is_main else []
     context.ranks.barrier()
-    result = _train(context, data, previous)
+    result = train(context, data, previous)
     # The report describes the student that ships; of the others only their row in the table of rounds.
     return StageResult(result.summary, [*prepared, *result.outputs], {"rounds": result.facts["rounds"]})
 
@@ -56,7 +56,8 @@ def _prepare_round(context: RunContext, data: TrainingData, previous: Mapping[st
     return prepare(context, data, previous).outputs
 
 
-def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    """Train the student of the context's round, and write its weights."""
     o, round_, spec = context.options, context.round, context.student
     run, is_main = context.folder.path, context.ranks.is_main
     assert o.epochs and o.lr and o.warmup_epochs is not None

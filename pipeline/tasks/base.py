@@ -15,7 +15,7 @@ from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation import calibration
 from ..evaluation.calibration import Likelihood
-from ..evaluation.comparison import mcnemar
+from ..evaluation.comparison import mcnemar, paired_interval
 from ..runs.scores import Calibration, ClassMeasure, Confusion, Prediction, Proportion, Score
 
 Names = Sequence[str]
@@ -63,6 +63,9 @@ class Difference:
 
     points: float
     p: float
+    low: float
+    high: float
+    """95 % interval of ``points``."""
     first_alone: int | None = None
     second_alone: int | None = None
     """Number of images that only this one predicts correctly, if these are tested."""
@@ -285,7 +288,8 @@ for label, probability in classifier.predict(["photo.jpg"])[0].top:
         a, b = (self.is_correct(o.logits, o.labels, o.thresholds) for o in (first, second))
         only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
         points = 100 * (only_first - only_second) / len(a)
-        return Difference(points, mcnemar(only_first, only_second), only_first, only_second)
+        low, high = paired_interval(only_first, only_second, len(a))
+        return Difference(points, mcnemar(only_first, only_second), low, high, only_first, only_second)
 
     def fidelity(self, fp32: ndarray, int8: ndarray) -> float:
         """Return the signal-to-quantization-noise ratio of int8 logits in decibels; inf without noise."""

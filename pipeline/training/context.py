@@ -7,7 +7,7 @@ from functools import cached_property
 from ...models.build import resolve
 from ..config.network import NetworkSpec
 from ..config.options import Options
-from ..config.stages import ROUND, get_round
+from ..config.stages import BASELINE, ROUND, get_round
 from ..data.dataset import Placement
 from ..runs.cache import Cache
 from ..runs.console import Display, StageProgress
@@ -90,8 +90,14 @@ class RunContext:
 
     @cached_property
     def round(self) -> Round:
-        """The round of the stage: the last one, whose student ships, except in the stages ``round K``."""
+        """The round of the stage: the last one, whose student ships, except in the stages ``round K``.
+
+        That of the stage ``baseline`` has no teachers.
+        """
         k = get_round(self.stage)
+        if self.stage == BASELINE:
+            student = replace(self._student(None), file=f"{BASELINE}.safetensors")
+            return Round(0, student, [], BASELINE, "", self.options.seed, ships=False)
         index = (k or self.options.rounds) - 1
         return Round(
             index=index,
