@@ -27,8 +27,11 @@ from .weights import Checkpoint
 LOG_SECONDS = 0.5
 """Interval at which the loop waits for the device to display the losses."""
 
-SAVE_SECONDS = 600.0
-"""Interval of checkpoints within an epoch. There is one after each epoch, too."""
+SAVE_SECONDS = 60.0
+"""Least interval of checkpoints. The last epoch and a request to stop always write one."""
+
+SAVE_FRACTION = 0.02
+"""Largest fraction of the time for writing checkpoints: their interval grows with the seconds one takes."""
 
 AGREE_SECONDS = 1.0
 AGREE_STEPS = 1000
@@ -188,7 +191,7 @@ def train(
         source.open(epoch)
         task.train()
         task.epoch = epoch
-        started = shown = saved = time.perf_counter()
+        started = shown = time.perf_counter()
         images_before = meter.images
         with STOP.defer():
             batches = task.clock.iterate("data", source.batches(epoch, steps, start))
@@ -205,10 +208,11 @@ def train(
                 if now - shown > LOG_SECONDS:
                     show(step + 1, plan.epochs * steps, meter.means(epoch))
                     shown = now
-                stop, save = state.requests(step, now - saved > SAVE_SECONDS)
+                stop, save = state.requests(step)
                 if stop or save:
+                    meter.means(epoch)  # raises if one is not finite
+                    _check_weights_finite(task, epoch)
                     state.save(epoch, step + 1 - epoch * steps)
-                    saved = now
                 if stop:
                     raise STOP.take(stop)
             losses, accuracy = meter.means(epoch, all_ranks=True), meter.accuracy()
@@ -235,8 +239,10 @@ def train(
             task.clock.reset()
             _check_weights_finite(task, epoch)
             start = 0
-            state.save(epoch + 1, start)
-            stop, _ = state.requests((epoch + 1) * steps, False, now=True)
+            stop, save = state.requests((epoch + 1) * steps, now=True)
+            if stop or save or epoch + 1 == plan.epochs:
+                state.save(epoch + 1, start)
+                stop, _ = state.requests((epoch + 1) * steps, now=True)  # a signal while it was saved
         if stop:
             raise STOP.take(stop)
 
@@ -265,12 +271,16 @@ class TrainingState:
     agreed_step: int = 0
     agreed_at: float = field(default_factory=time.perf_counter)
     next_agreement: int = 0
+    next_save: float = 0.0
+    """Time of the next checkpoint, at the earliest."""
 
-    def requests(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
+    def requests(self, step: int, *, now: bool = False) -> tuple[int, bool]:
         """Return the request to stop (see ``runs.process``; 0 for none) and whether to save.
 
         Ranks agree on this once in a while, or ``now``: what one of them requests, all do.
         """
+        # The other ranks do not measure how long rank 0 writes.
+        save = self.ranks.is_main and time.perf_counter() > self.next_save
         if self.ranks.count == 1:
             return STOP.request if STOP.requested else 0, save
         if step < self.next_agreement and not now:
@@ -284,6 +294,7 @@ class TrainingState:
 
     def save(self, epoch: int, step: int) -> None:
         """Save the state after ``step`` steps of ``epoch``. Every rank has to call this."""
+        started = time.perf_counter()
         self.task.average_statistics(self.ranks)
         for sums in self.running_sums():
             sums.reduce_to_main()
@@ -297,6 +308,8 @@ class TrainingState:
         }
         if self.ranks.is_main:
             self.checkpoint.save(state)
+        saved = time.perf_counter()
+        self.next_save = saved + max(SAVE_SECONDS, (saved - started) / SAVE_FRACTION)
 
     def load(self) -> tuple[int, int]:
         """Load the checkpoint, if any, and return the epoch and its step to continue with."""
@@ -317,6 +330,7 @@ class TrainingState:
         for sums in self.running_sums():
             sums.sums = self.ranks.keep_on_main(sums.sums)
         self.ranks.barrier()  # before rank 0 writes the next one
+        self.next_save = time.perf_counter() + SAVE_SECONDS
         return int(state["epoch"]), int(state["step"])
 
     def running_sums(self) -> list[RunningSums]:
@@ -324,11 +338,11 @@ class TrainingState:
 
 
 def _check_weights_finite(task: DistillationTask, epoch: int) -> None:
-    """Raise JobError if a weight is not finite after the last step of an epoch, which has no loss yet."""
+    """Raise JobError if a weight is not finite after a step of an epoch, which has no loss yet."""
     for name, value in (*task.student.named_parameters(), *task.student.named_buffers()):
         # A method that does not know its range of gradient ratios has infinity as its end.
         if not name.startswith("balance.") and not bool(torch.isfinite(value).all()):
             raise JobError(
-                f"{name} is not finite after epoch {epoch + 1}. The weights after epoch {epoch} are kept. "
+                f"{name} is not finite in epoch {epoch + 1}. "
                 "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."
             )

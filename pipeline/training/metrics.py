@@ -178,9 +178,8 @@ class Meter:
         if not math.isfinite(means["loss"]):
             broken = ", ".join(key for key, value in means.items() if not math.isfinite(value))
             raise JobError(
-                f"The loss became {means['loss']} in epoch {epoch + 1} ({broken}). The weights after epoch "
-                f"{epoch} are kept. Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or "
-                "--precision fp32."
+                f"The loss became {means['loss']} in epoch {epoch + 1} ({broken}). "
+                "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."
             )
         return means
 

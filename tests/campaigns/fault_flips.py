@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from tests.campaigns.fault_cases import DEFECT, EQUAL, Case, judge, read_files
-from tests.campaigns.small_run import PAGES, find_differences, make_images, read_results, run_options, start
+from tests.campaigns.small_run import (
+    PAGES,
+    find_differences,
+    make_images,
+    read_results,
+    run_options,
+    save_each_step,
+    start,
+)
 
 VERBS = ("compress", "report", "validate", "predict", "compare")
 DAMAGES = ("flip", "flip again", "cut", "empty")
@@ -92,7 +100,7 @@ def _generalize(name: str) -> str:
 
 def _kill_in_training(data: Path, place: Path, log: Path, copy: Path) -> Path:
     """Kill a run in the training of its student, with two checkpoints, and copy it."""
-    process = start(run_options(data, place, "--quiet"), log)
+    process = start(run_options(data, place, "--quiet"), log, save_each_step)
     curve = place / "run" / "metrics.jsonl"
     while not (curve.exists() and '"student","epoch":2' in curve.read_text().replace(": ", ":")):
         if not process.is_alive():

@@ -29,6 +29,7 @@ from tests.campaigns.small_run import (
     read_results,
     run_options,
     run_stages,
+    save_each_step,
     stages,
     start,
     wait_for_end,
@@ -90,7 +91,7 @@ def _kill(data: Path, before: Path, out: Path, seconds: float, draw: random.Rand
     while True:
         shutil.copytree(before, out)
         moment = draw.uniform(0, seconds)
-        process = start(run_options(data, out, "--quiet"), out / "log")
+        process = start(run_options(data, out, "--quiet"), out / "log", save_each_step)
         while cpu_seconds(process.pid) < moment:
             time.sleep(0.001)
         children, during = list_descendants(process.pid), describe_progress(out)

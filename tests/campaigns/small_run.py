@@ -82,6 +82,15 @@ def start(
     return process
 
 
+def save_each_step() -> None:
+    """Write a checkpoint after each step."""
+    import math
+
+    from questpress.pipeline.training import loop
+
+    loop.SAVE_SECONDS, loop.SAVE_FRACTION = 0.0, math.inf
+
+
 def _run_command(
     arguments: tuple[str, ...], log: str, fault: Callable[..., None] | None, fault_arguments: Any
 ) -> None:

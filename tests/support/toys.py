@@ -1,10 +1,12 @@
 """Toy trainings: views of small images, plans, networks and tasks."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.pipeline.data.dataset import Image, hash_array
@@ -15,6 +17,7 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.tasks import load_task
+from questpress.pipeline.training import loop
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.loop import BatchSource, train
 from questpress.pipeline.training.optimizer import Plan
@@ -75,6 +78,12 @@ def supervised(**changes: Any) -> DistillationTask:
     return DistillationTask(
         network(), geometry("cifar_resnet8", SIDE), ENGINE, **changes, label_task=CLASSIFICATION
     )
+
+
+def save_each_step(patch: pytest.MonkeyPatch) -> None:
+    """Write a checkpoint after each step."""
+    patch.setattr(loop, "SAVE_SECONDS", 0.0)
+    patch.setattr(loop, "SAVE_FRACTION", math.inf)
 
 
 def learn(

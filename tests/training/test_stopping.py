@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,19 +114,36 @@ def test_training_stopped_at_a_step_resumes_to_the_bit(tmp_path, uninterrupted, 
     assert went_on.balanced_weights() == whole.balanced_weights()
 
 
-def test_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    places: list[tuple[int, int]] = []
-    real = Checkpoint.save
+# An epoch has five steps of 10 s. After a checkpoint of 3 s, the next one waits for 150 s.
+@pytest.mark.parametrize(("cost", "expected"), [(1, [(1, 2), (2, 4)]), (3, [(3, 1)])])
+def test_checkpoints_are_written_once_a_minute_or_for_2_percent_of_the_time(
+    tmp_path, monkeypatch, cost, expected
+):
+    now, places, real = [0.0], [], Checkpoint.save
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def save(of: Checkpoint, what: dict[str, Any]) -> None:
-        places.append((what["epoch"], what["step"]))
-        real(of, what)
+    def save(checkpoint: Checkpoint, saved: dict[str, Any]) -> None:
+        places.append((saved["epoch"], saved["step"]))
+        now[0] += cost
+        real(checkpoint, saved)
+
+    def end_step() -> None:
+        now[0] += 10
 
     monkeypatch.setattr(Checkpoint, "save", save)
-    learn(supervised(), tmp_path / "c.pt", epochs=2)
-    steps = [(epoch, step) for epoch in (0, 1) for step in range(1, 6)]
-    assert places == [(0, 0), *steps[:5], (1, 0), *steps[5:], (2, 0)]
+    task = supervised()
+    task.end_step = end_step  # type: ignore[method-assign]
+    learn(task, tmp_path / "c.pt", epochs=4)
+    assert places == [(0, 0), *expected, (4, 0)]
+
+
+@posix
+def test_signal_at_the_end_of_an_epoch_saves_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_check_weights_finite", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        learn(supervised(), tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 0)
 
 
 @posix

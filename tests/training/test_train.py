@@ -30,6 +30,7 @@ from tests.support.toys import (
     learn,
     network,
     plan,
+    save_each_step,
     state,
     supervised,
     views,
@@ -87,7 +88,8 @@ def test_damaged_checkpoint_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "gone"])
-def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path, damage):
+def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path, monkeypatch, damage):
+    save_each_step(monkeypatch)
     whole = distillation()
     learn(whole, tmp_path / "whole.pt", epochs=3)
     learn(distillation(), tmp_path / "c.pt", epochs=3)
@@ -184,7 +186,8 @@ def test_weights_are_independent_of_earlier_random_draws(tmp_path):
     assert equal(state(one), state(two))
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save_each_step(monkeypatch)
     task = distillation()
     kept: dict[str, torch.Tensor] = {}
 
@@ -207,7 +210,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     assert all(torch.equal(value, good[key]) for key, value in saved["state_dict"].items())
 
 
-def test_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoint(tmp_path):
+def test_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoint(tmp_path, monkeypatch):
+    save_each_step(monkeypatch)
     with pytest.raises(JobError, match="Try a lower --lr"):
         learn(supervised(), tmp_path / "c.pt", lr=1e30, optimizer="sgd", warmup_epochs=0, epochs=30)
     if (tmp_path / "c.pt").exists():
