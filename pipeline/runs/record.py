@@ -119,6 +119,8 @@ class EngineEntry(BaseModel):
     name: str
     """Name of the GPU or processor."""
     threads: int
+    raced_threads: int | None = None
+    """The number before other load on the machine changed it; None if it has not been changed."""
     precision: str
     layout: str
     compile: str

@@ -4,7 +4,7 @@ The fastest precision, memory layout and number of threads depend on processor, 
 70 % on one network and loses half on another of the same machine (``docs/scale.md``). So the default
 engine is compared with one variation after another, in alternating steps, and replaced if one is clearly
 faster. Weights, statistics and random state stay untouched. The search takes at most ``TIME_FRACTION`` of the
-training's time; a shorter training keeps the default engine.
+training's time; a shorter training only compares all threads with one, by a step each.
 """
 
 import copy
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from ...export import runtime
 from ..runs.device import Engine, bf16_pays, cores, use_threads
+from ..runs.threads import thread_counts
 from .task import DistillationTask
 
 TIME_FRACTION = 0.02
@@ -33,8 +35,12 @@ MIN_SPEEDUP = 1.05
 MIN_STEPS, MAX_STEPS = 3, 9
 """Timed steps of each engine in a comparison."""
 
+SHORTEST = 4
+"""Steps of the comparison of all threads with one: a warm-up and a timed step of each."""
+
 HOPELESS = 2.0
-"""A candidate this many times slower in the first step is given up."""
+"""A candidate this many times slower in the first step is given up. One this many times faster is taken after
+``MIN_STEPS``, and in a short training after one step."""
 
 COMPILE_FROM = {"cpu": 3600.0, "cuda": 600.0}
 """Seconds of training from which compilation, of about a minute, is tried."""
@@ -80,21 +86,34 @@ def find_fastest_engine(
     kind = torch.device(default.device).type
     if _is_distributed():  # ranks have to use the same engine, and would choose different ones
         return Trial(replace(default, compile="default") if compile == "on" else default)
-    variations: list[Variation] = [_vary_layout, _vary_threads] if kind == "cpu" else []
+    variations: list[Variation] = [_vary_layout, *_vary_threads(default)] if kind == "cpu" else []
     if kind == "cpu" and precision == "auto":
         variations.insert(0, _vary_precision)
     compiles = compile == "on" or (compile == "auto" and kind in COMPILE_FROM and can_compile(kind))
     # Steps of the default engine alone and of a comparison, with a margin for slower ones.
     too_short = TIME_FRACTION * steps < 4 * (1 + MIN_STEPS)
-    if compile != "on" and (too_short or not (variations or compiles)):
+    is_tiny = TIME_FRACTION * steps < SHORTEST or not _vary_threads(default) or kind != "cpu"
+    if compile != "on" and (is_tiny if too_short else not (variations or compiles)):
         return Trial(default)
     with _StepTimer(task, batch, make_optimizer).running() as timer:
         try:
+            if compile != "on" and too_short:
+                return _check_threads(timer)
             best, seconds = _search(timer, steps, variations, compile if compiles else "off", note)
         except torch.OutOfMemoryError:
             note("not enough memory to search for the fastest engine")
             return Trial(default)
     return Trial(best, {engine: timer.images / duration for engine, duration in seconds.items()})
+
+
+def _check_threads(timer: "_StepTimer") -> Trial:
+    """Return the default engine, or one thread if other load on the machine makes all of them far slower."""
+    default = timer.task.engine
+    single = replace(default, threads=1)
+    seconds = {engine: timer.step(engine) for engine in (default, single)}
+    if seconds[single] * HOPELESS >= seconds[default]:
+        return Trial(default)
+    return Trial(single, {engine: timer.images / duration for engine, duration in seconds.items()})
 
 
 def _search(
@@ -139,6 +158,8 @@ def _faster(
         for engine in times:
             times[engine].append(timer.step(engine))
         if times[candidate][0] > HOPELESS * times[best][0]:
+            break
+        if len(times[best]) == MIN_STEPS and median(times[best]) > HOPELESS * median(times[candidate]):
             break
     seconds.update({engine: median(measured) for engine, measured in times.items()})
     faster = seconds[candidate] * MIN_SPEEDUP < seconds[best]
@@ -198,10 +219,16 @@ def _vary_layout(engine: Engine) -> Engine:
     return replace(engine, layout="contiguous" if engine.layout == "channels_last" else "channels_last")
 
 
-def _vary_threads(engine: Engine) -> Engine | None:
-    """Use one thread per core instead of one per hyper-thread."""
-    is_fixed = runtime.THREADS is not None
-    return replace(engine, threads=cores()) if cores() < engine.threads and not is_fixed else None
+def _vary_threads(default: Engine) -> list[Variation]:
+    """Use one thread per core instead of one per hyper-thread, half of the threads, or one."""
+    if runtime.THREADS is not None:
+        return []
+    counts = {cores(), *thread_counts(default.threads)} - {default.threads}
+    return [partial(_set_threads, threads=count) for count in sorted(counts, reverse=True)]
+
+
+def _set_threads(engine: Engine, threads: int) -> Engine | None:
+    return replace(engine, threads=threads) if threads < engine.threads else None
 
 
 class _StepTimer:

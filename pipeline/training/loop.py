@@ -17,6 +17,7 @@ from ..errors import JobError
 from ..methods.base import Features, RunningSums
 from ..runs.process import STOP
 from ..runs.results import Epoch
+from ..runs.threads import ThreadTuner
 from .distributed import Ranks
 from .metrics import Meter
 from .optimizer import Plan, build_optimizer, build_scheduler
@@ -159,6 +160,7 @@ def train(
     schedule: ViewSchedule | None = None,
     cache: TeacherCache | None = None,
     ranks: Ranks | None = None,
+    tuner: ThreadTuner | None = None,
 ) -> None:
     """Train for ``plan.epochs`` epochs, resuming from the checkpoint if there is one.
 
@@ -167,12 +169,13 @@ def train(
         show: called twice a second with (steps done, steps, mean losses).
         schedule: chooses each epoch's view of an image; None draws a new one in each epoch.
         cache: the teachers' outputs for these views; None runs the teachers.
+        tuner: adapts the number of threads to other load on the machine; None keeps it.
 
     Raises:
         JobError: the loss or a weight is not finite.
         KeyboardInterrupt: the job should stop; the state is saved.
     """
-    ranks = ranks or Ranks()
+    ranks, tuner = ranks or Ranks(), tuner or ThreadTuner(1)
     steps = plan.steps(len(views.labels))
     task.student.labeled_fraction = plan.labeled_fraction
     optimizer = build_optimizer(task, plan)
@@ -199,7 +202,7 @@ def train(
                 # Dropout and the like draw from this seed, so that a step does not depend on those before.
                 torch.manual_seed(((plan.seed * 1_000_003 + step) * 1_009 + ranks.rank) % 2**63)
                 scheduler.step_update(step)
-                with task.clock("student"):
+                with task.clock("student"), tuner.step():
                     optimizer.zero_grad(set_to_none=True)
                     backward(task, batch, plan.micro_batch, meter)
                     optimizer.step()

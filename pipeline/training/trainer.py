@@ -21,6 +21,7 @@ from ..report.format import plural
 from ..runs.device import Engine, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
 from ..runs.results import Epoch
+from ..runs.threads import ThreadTuner
 from .context import RunContext
 from .engine_search import check_compilation, find_fastest_engine
 from .loop import Batch, BatchSource, train
@@ -216,6 +217,27 @@ def _fastest_engine(
     return engine
 
 
+def _build_tuner(context: RunContext, training: str, engine: Engine) -> ThreadTuner:
+    """Return a tuner of the number of threads, which records each choice, for a resumed run to repeat it.
+
+    Compiled code has a fixed number. Ranks would wait for each other in a trial.
+    """
+    is_fixed = context.options.threads is not None or engine.compile != "off" or context.ranks.count > 1
+    if is_fixed or torch.device(engine.device).type != "cpu":
+        return ThreadTuner(1)
+    engines = context.folder.record.engines
+    most = engines[training].raced_threads or engine.threads
+
+    def use(count: int) -> None:
+        raced = most if count < most else None
+        engines[training] = engines[training].model_copy(update={"threads": count, "raced_threads": raced})
+        context.folder.save()
+        reason = "other programs slow it down" if raced else "the processor is free again"
+        context.display.note(f"{training} continues with {plural(count, 'thread')}: {reason}")
+
+    return ThreadTuner(most, engine.threads, use)
+
+
 def measure_resources(
     context: RunContext, task: DistillationTask, spec: NetworkSpec
 ) -> Callable[[Epoch], Epoch]:
@@ -297,9 +319,11 @@ def run_training(
         more = f"epoch {epoch}/{plan.epochs}  {more}"
         context.progress.update(f"training {spec.name}", step, steps, "images", more, plan.images)
 
+    tuner = None
     if search_engine:
         source = BatchSource(views, schedule, cache, plan, ranks, task.device, task.teacher_size)
         use_fastest_engine(context, training, task, plan, source.first(), len(views.labels))
+        tuner = _build_tuner(context, training, task.engine)
     if ranks.count > 1:
         task.prepare_distributed(sync_bn=context.options.sync_bn)
     add_resources = measure_resources(context, task, spec)
@@ -319,5 +343,6 @@ def run_training(
                 schedule=schedule,
                 cache=cache,
                 ranks=ranks,
+                tuner=tuner,
             )
         )

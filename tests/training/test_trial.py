@@ -153,6 +153,47 @@ def test_one_thread_per_core_is_tried_with_hyper_threads(timed: Timer, monkeypat
     assert found.engine.threads == 2 and "4 threads: " in str(found)
 
 
+def test_search_tries_one_thread_and_half_of_them(timed: Timer, monkeypatch: Any) -> None:
+    rule = Engine("cpu", 4, "fp32")
+    monkeypatch.setattr(engine_search, "cores", lambda: 4)
+    tried = timed(lambda e: {4: 0.1, 2: 0.09, 1: 0.08}[e.threads])
+    assert run(distillation("none", rule), precision="fp32")[0].engine == replace(rule, threads=1)
+    assert [engine.threads for engine in tried if engine.layout == rule.layout] == [4, 2, 1]
+
+
+@pytest.mark.parametrize(("steps", "busy", "threads"), [(199, 3, 4), (200, 3, 1), (200, 1.5, 4)])
+def test_short_training_uses_one_thread_if_others_make_all_of_them_slow(
+    timed: Timer, steps: int, busy: float, threads: int
+) -> None:
+    timed(lambda e: 0.1 * busy if e.threads > 1 else 0.1)
+    assert run(distillation("none", Engine("cpu", 4, "fp32")), steps)[0].engine.threads == threads
+
+
+def test_changed_threads_are_recorded_and_repeated() -> None:
+    notes: list[str] = []
+    job: Any = SimpleNamespace(
+        folder=SimpleNamespace(record=RunRecord(), save=lambda: None), key="k", device="cpu",
+        options=SimpleNamespace(precision="auto", threads=None), display=SimpleNamespace(note=notes.append),
+        ranks=SimpleNamespace(count=1),
+    )  # fmt: skip
+
+    def start() -> Any:
+        engine = trainer.choose_run_engine(job, "student", lambda _: Engine("cpu", 4, "fp32"))
+        return trainer._build_tuner(job, "student", engine)
+
+    start().use(2)
+    tuner = start()
+    assert (tuner.threads, tuner.most) == (2, 4)
+    tuner.use(4)
+    tuner = start()
+    assert (tuner.threads, tuner.most) == (4, 4)
+    assert [note.split(":")[0] for note in notes] == [
+        "student continues with 2 threads", "student continues with 4 threads",
+    ]  # fmt: skip
+    job.options.threads = 4
+    assert start().most == 1
+
+
 @pytest.mark.usefixtures("bf16")
 def test_search_changes_no_state(task: DistillationTask) -> None:
     def traces() -> dict[str, Any]:
