@@ -43,6 +43,11 @@ METHODS = {
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
     "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],
+    # A third of the epochs or so: what the number of words changes.
+    **{
+        f"quest {k} words, 12 epochs": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
+        for k in (256, 1024, 4096)
+    },
     **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
     # Ten views of each image: the maps of several teachers are large, and computing them anew is slow.
     "feed": [*FEED],

@@ -89,13 +89,20 @@ def test_separated_blobs_are_found_and_mu_and_perplexity_are_numpys(tmp_path):
     assert learned.note is None
 
 
+@pytest.mark.parametrize(
+    ("images", "words"), [(10, 256), (20_000, 400), (50_000, 1000), (204_800, 4096), (1_281_167, 4096)]
+)
+def test_default_number_of_words_follows_the_number_of_images(images, words):
+    assert vocabulary.choose_words(images) == words
+
+
 def test_number_of_words_is_reduced_to_39_features_each(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(10, C, H, W)), tmp_path)
     learned = teacher.learn(None)
     assert len(learned.words) == 200 // 39 == 5
-    assert learned.requested == 4096 and learned.features == 200
+    assert learned.requested == 256 and learned.features == 200
     assert [learned.note] == teacher.notes
-    assert "5 words instead of 4096, so that each has 39 of" in teacher.notes[0]
+    assert "5 words instead of 256, so that each has 39 of" in teacher.notes[0]
 
 
 def test_requested_number_of_words_is_kept_with_a_note(tmp_path):

@@ -26,7 +26,7 @@ CPU_BLOCK = 1 << 19
 """Elements of a block's matrix on a CPU: 2 MB, which fits in the cache (half or twice as much is as fast)."""
 
 RECORDED_POSITIONS = 1024
-"""Approximate number of positions per batch that metrics of ``AllWords`` are computed from."""
+"""Approximate number of positions per batch that metrics are computed from."""
 
 LOST_MASS = 0.06
 """Mean mass of p_T that the teacher cache may lose by keeping only the likeliest words."""
@@ -128,7 +128,7 @@ class _Divergence(torch.autograd.Function):
         products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sums
         needs_grad = any(ctx.needs_input_grad)
         size = max(1, (CPU_BLOCK if device == "cpu" else GPU_BLOCK) // len(weight))
-        recorded = max(size, RECORDED_POSITIONS) if isinstance(target, AllWords) else len(target)
+        recorded = max(size, RECORDED_POSITIONS)
         values = []
         grad_f = torch.empty_like(f_s, dtype=sums)
         grad_w = torch.zeros_like(weight, dtype=sums)
@@ -168,25 +168,30 @@ def _matmul(a: Tensor, b: Tensor, sums: torch.dtype) -> Tensor:
 
 def assign_words(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
     """Return log p_T [n,K] of features [n,C] and words [K,C]: p_T = softmax(−‖f_T − v_k‖²/τ)."""
-    return F.log_softmax(word_logits(f_t, words, tau), dim=1)
+    return F.log_softmax(word_logits(words, tau)(f_t), dim=1)
 
 
-def word_logits(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
-    """Return −‖f_T − v_k‖²/τ [n,K] without the term ‖f_T‖²/τ, which cancels in the softmax.
+def word_logits(words: Tensor, tau: float) -> Callable[[Tensor], Tensor]:
+    """Return a function of f_T [n,C]: −‖f_T − v_k‖²/τ [n,K] without ‖f_T‖²/τ, which cancels in the softmax.
 
     In fp32 even under autocast: the terms of the distance cancel in half precision.
     """
-    with torch.autocast(f_t.device.type, enabled=False):
-        squares = words.square().sum(1) / -tau
-        return torch.addmm(squares, f_t.to(words.dtype), words.T, alpha=2 / tau)
+    squares = words.square().sum(1) / -tau
+
+    def compute(f_t: Tensor) -> Tensor:
+        with torch.autocast(f_t.device.type, enabled=False):
+            return torch.addmm(squares, f_t.to(words.dtype), words.T, alpha=2 / tau)
+
+    return compute
 
 
 def top_words(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[TopWords, Tensor]:
     """Return p_T over the m ≤ K likeliest words, renormalized, and the mass [n] of the other words."""
     ids, p, lost = [], [], []
     size = max(1, (CPU_BLOCK if f_t.device.type == "cpu" else GPU_BLOCK) // len(words))
+    logits = word_logits(words, tau)
     for start in range(0, len(f_t), size):
-        log_p, word = assign_words(f_t[start : start + size], words, tau).topk(m)
+        log_p, word = F.log_softmax(logits(f_t[start : start + size]), dim=1).topk(m)
         kept = log_p.exp()
         mass = kept.sum(1, keepdim=True)
         ids.append(word)

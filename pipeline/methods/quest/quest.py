@@ -54,7 +54,9 @@ class Parameters(base.Parameters):
     """Symbols as in the module's docstring."""
 
     words: int | None = Field(
-        None, ge=2, description="K, the size of the vocabulary; none: 4096, or fewer with little data"
+        None,
+        ge=2,
+        description="K, the size of the vocabulary; none: one for each 50 images, from 256 to 4096",
     )
     tau: Taus | None = Field(
         None, description="τ of the teacher's soft assignment, or one for each level; none: μ/δ"
@@ -242,7 +244,8 @@ class WordPrediction(nn.Module):
     def _soft_assignment(self, f_t: Tensor) -> loss.TopWords | loss.AllWords:
         if self.top is not None and self.top < len(self.words):
             return loss.top_words(f_t, self.words, self.tau, self.top)[0]
-        return loss.AllWords(lambda rows: loss.word_logits(f_t[rows], self.words, self.tau), len(f_t))
+        logits = loss.word_logits(self.words, self.tau)
+        return loss.AllWords(lambda rows: logits(f_t[rows]), len(f_t))
 
     def cached_output(self) -> base.CachedOutput:
         return loss.cached_words(self.teacher_level, self.grid, self.words, self.tau, self.cached_top)
