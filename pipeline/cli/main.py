@@ -163,6 +163,7 @@ class DefaultGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        process.keep_freed_memory()
         if process.is_main():
             return super().main(*args, **extra)
         try:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...export.runtime import allowed_cores
 from ..errors import JobError, QuestpressError
-from ..runs.process import count_local_processes
+from ..runs.process import count_local_processes, keep_freed_memory
 
 Task = Callable[[], Any]
 """Returns a contiguous tensor or a small object."""
@@ -146,6 +146,7 @@ def _identity(result: Any) -> Any:
 def _init_worker(_: int, low_priority: bool) -> None:
     """Let a worker end with the main process; torch only watches the process that it was forked from."""
     _block_signals()
+    keep_freed_memory()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if low_priority and hasattr(os, "nice"):
         os.nice(10)

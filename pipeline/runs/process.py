@@ -1,12 +1,14 @@
-"""Signals, the time limit and the rank of this process, without torch.
+"""Signals, the time limit, the rank and the allocator of this process, without torch.
 
 A request to stop (Ctrl-C, a scheduler's SIGTERM or --time-limit) raises KeyboardInterrupt at once. What was
 being made is made again by the next run. Training defers the first request to the end of the step, to save
 its position in the epoch. A second request is not deferred.
 """
 
+import ctypes
 import math
 import os
+import platform
 import signal
 import threading
 import time
@@ -23,6 +25,14 @@ SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a scheduler and torchrun both signal the processes."""
 
 RENDEZVOUS_TIMEOUT = timedelta(seconds=10)
+
+ALLOCATOR = "QUESTPRESS_ALLOCATOR"
+"""Environment variable; ``system`` leaves the settings of glibc's allocator as they are."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 1 << 30
+OLD_KEPT_BYTES = 32 << 20
+"""The largest threshold that versions of glibc before 2.35 accept."""
 
 _stores: list[Any] = []
 
@@ -135,6 +145,20 @@ class Stop:
 
 
 STOP = Stop()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning each large block to the system.
+
+    Otherwise every large tensor of a training step is mapped and cleared by the kernel again, page by page
+    (benchmarks/training/allocator.py). Other systems and allocators are left as they are.
+    """
+    if os.environ.get(ALLOCATOR) == "system" or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        if not libc.mallopt(name, KEPT_BYTES):
+            libc.mallopt(name, OLD_KEPT_BYTES)
 
 
 def _read_rank() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -85,3 +86,27 @@ def test_complete_variables_of_torchrun_are_used(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     assert not process.is_single_process() and not process.is_main()
     assert process.count_local_processes() == 2 and process.describe_ignored_variables() is None
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="requires glibc 2.35")
+def test_command_keeps_freed_memory_unless_an_environment_variable_disables_it() -> None:
+    code = """
+import ctypes, resource
+from questpress.pipeline.cli.main import cli
+cli.main(["--version"], standalone_mode=False)
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+def use():
+    block = libc.malloc(40 << 20)
+    libc.memset(block, 1, 40 << 20)
+    libc.free(block)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    runs = [little.python(code, QUESTPRESS_ALLOCATOR=name) for name in ("", "system")]
+    kept, returned = (int(run.stdout.split()[-1]) for run in runs)
+    assert kept < 10 < 100 < returned
