@@ -25,7 +25,10 @@ Word = Tensor | int
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Compute Philox4x32-10 on int64 tensors of unsigned 32-bit words, broadcast together."""
     device = next((word.device for word in counter if isinstance(word, Tensor)), None)
-    a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
+    # A GPU fills a tensor without waiting, as it would for a copy of a number.
+    a, b, c, d = torch.broadcast_tensors(
+        *(word if isinstance(word, Tensor) else torch.full((), word, device=device) for word in counter)
+    )
     first, second = key
     for _ in range(_ROUNDS):
         # The high word of a product: the 64 bits are correct even if they overflow into the sign.
