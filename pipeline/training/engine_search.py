@@ -74,6 +74,7 @@ def find_fastest_engine(
     precision: str,
     compile: str,
     note: Callable[[str], None],
+    has_micro_batches: bool = False,
 ) -> Trial:
     """Find the fastest engine for ``steps`` training steps.
 
@@ -81,6 +82,7 @@ def find_fastest_engine(
         batch: arguments of the task.
         precision: ``auto``, or the precision set by the user.
         compile: ``auto``, ``on`` or ``off``.
+        has_micro_batches: True excludes CUDA graphs, which accumulate wrong gradients (pytorch#169545).
     """
     default = task.engine
     kind = torch.device(default.device).type
@@ -99,7 +101,8 @@ def find_fastest_engine(
         try:
             if compile != "on" and too_short:
                 return _check_threads(timer)
-            best, seconds = _search(timer, steps, variations, compile if compiles else "off", note)
+            compile = compile if compiles else "off"
+            best, seconds = _search(timer, steps, variations, compile, note, not has_micro_batches)
         except torch.OutOfMemoryError:
             note("not enough memory to search for the fastest engine")
             return Trial(default)
@@ -122,6 +125,7 @@ def _search(
     variations: Sequence[Variation],
     compile: str,
     note: Callable[[str], None],
+    graphs: bool,
 ) -> tuple[Engine, dict[Engine, float]]:
     started = time.perf_counter()
     best = timer.task.engine
@@ -135,7 +139,7 @@ def _search(
             best = _faster(timer, best, candidate, n, seconds)
     kind = torch.device(best.device).type
     if compile == "on" or (compile == "auto" and total >= COMPILE_FROM[kind]):
-        may_use_graphs = kind == "cuda" and seconds[best] < SMALL_STEP
+        may_use_graphs = graphs and kind == "cuda" and seconds[best] < SMALL_STEP
         modes = ["default", "reduce-overhead"] if may_use_graphs else ["default"]
         for mode in modes[-1:] if compile == "on" else modes:
             candidate, started = replace(best, compile=mode), time.perf_counter()

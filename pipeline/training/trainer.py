@@ -199,7 +199,14 @@ def _fastest_engine(
     if entry.trial is None:
         steps = plan.epochs * plan.steps(images)
         trial = find_fastest_engine(
-            task, batch, make_optimizer, steps, precision=o.precision, compile=o.compile, note=note
+            task,
+            batch,
+            make_optimizer,
+            steps,
+            precision=o.precision,
+            compile=o.compile,
+            note=note,
+            has_micro_batches=plan.micro_batch is not None,
         )
         entry.trial = {str(engine): round(images, 1) for engine, images in trial.throughput.items()}
         if len(trial.throughput) > 1:
@@ -330,8 +337,11 @@ def run_training(
     path = context.folder.checkpoints / f"{training}.pt"
     with closing(EpochLog(context, training)) as log:
         checkpoint = Checkpoint(path, context.key, context.display.warn)
-        MicroBatch(context, training, plan).run(
-            lambda size: train(
+
+        def train_in(size: int | None) -> None:
+            if size is not None and task.engine.compile == "reduce-overhead":
+                task.use(replace(task.engine, compile="default"))  # memory was too short for whole steps
+            train(
                 task,
                 views,
                 replace(plan, micro_batch=size),
@@ -345,4 +355,5 @@ def run_training(
                 ranks=ranks,
                 tuner=tuner,
             )
-        )
+
+        MicroBatch(context, training, plan).run(train_in)

@@ -169,6 +169,18 @@ def test_short_training_uses_one_thread_if_others_make_all_of_them_slow(
     assert run(distillation("none", Engine("cpu", 4, "fp32")), steps)[0].engine.threads == threads
 
 
+@pytest.mark.parametrize(("graphs", "mode"), [(True, "reduce-overhead"), (False, "default")])
+def test_cuda_graphs_are_not_chosen_with_micro_batches(graphs: bool, mode: str) -> None:
+    seconds = {"off": 0.02, "default": 0.015, "reduce-overhead": 0.01}
+    timer: Any = SimpleNamespace(
+        task=SimpleNamespace(engine=Engine("cuda", 1, "bf16")),
+        step=lambda engine: seconds[engine.compile],
+        drop=lambda _: None,
+    )
+    best, timed = engine_search._search(timer, 10**6, [], "on", pytest.fail, graphs)
+    assert best.compile == mode and {engine.compile for engine in timed} == {"off", mode}
+
+
 def test_changed_threads_are_recorded_and_repeated() -> None:
     notes: list[str] = []
     job: Any = SimpleNamespace(
