@@ -21,6 +21,7 @@ METHODS: Mapping[str, str] = {
     "kd": "kd:Kd",
     "dkd": "dkd:Dkd",
     "dist": "dist:Dist",
+    "wttm": "wttm:Wttm",
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
     "pkd": "pkd:Pkd",

@@ -115,7 +115,7 @@ def test_word_numbers_above_32767_are_cached():
     assert loss(quest, cached) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=2e-5)
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wttm"])
 def test_loss_from_cached_logits_equals_that_of_rounded_logits(name):
     logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
     shapes = Shapes({}, vector=3, logits=7)

@@ -1,4 +1,4 @@
-"""KD, DKD, DIST and logit standardization against their formulas, written out in numpy."""
+"""KD, DKD, DIST, WTTM and logit standardization against their formulas, written out in numpy."""
 
 from typing import Any
 
@@ -120,16 +120,40 @@ def test_dist_is_one_minus_pearsons_correlation_over_rows_and_columns() -> None:
     assert measured == pytest.approx(expected, rel=1e-4)
 
 
+def wttm(z_t: np.ndarray, z_s: np.ndarray, gamma: float) -> float:
+    powers, p_s = softmax(z_t) ** gamma, softmax(z_s)
+    u = powers.sum(1, keepdims=True)
+    return float((powers * np.log(powers / u / p_s)).sum(1).mean())  # U · p^γ/U
+
+
+@pytest.mark.parametrize(("settings", "gamma", "beta"), [({}, 0.2, 4), ({"gamma": 0.7, "beta": 3}, 0.7, 3)])
+def test_wttm_weighs_the_divergence_from_the_power_transform(
+    settings: dict[str, Any], gamma: float, beta: float
+) -> None:
+    expected = beta * wttm(Z_T, Z_S, gamma)
+    assert loss("wttm", settings, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_wttm_with_gamma_one_is_the_plain_divergence() -> None:
+    expected = kl(softmax(Z_T), softmax(Z_S))
+    assert loss("wttm", {"gamma": 1, "beta": 1}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_wttm_of_several_teachers_has_the_mean_of_their_softened_probabilities_as_target() -> None:
+    z = 5 * np.log((softmax(Z_T / 5) + softmax(Z_U / 5)) / 2)
+    assert loss("wttm", {}, [Z_T, Z_U], Z_S).item() == pytest.approx(4 * wttm(z, Z_S, 0.2), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
 def test_loss_is_zero_if_student_equals_teacher(name: str) -> None:
     assert loss(name, {}, [Z_T], Z_T).item() == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize(
+    ("name", "standardize"),
+    [("kd", False), ("kd", True), ("dkd", False), ("dkd", True), ("dist", False), ("wttm", False)],
+)
 def test_gradients_equal_finite_differences(name: str, standardize: bool) -> None:
-    if name == "dist" and standardize:
-        pytest.skip("DIST has no such switch")
     method = build(name, {"standardize": True} if standardize else {})
     teacher = [{"logits": torch.tensor(Z_T)}]
 
