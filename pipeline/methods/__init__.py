@@ -24,6 +24,7 @@ METHODS: Mapping[str, str] = {
     "wttm": "wttm:Wttm",
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
+    "itrd": "itrd:Itrd",
     "pkd": "pkd:Pkd",
 }
 """Name -> module:class. Imported when used, since they import torch."""

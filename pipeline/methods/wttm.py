@@ -9,8 +9,8 @@ p_T^γ/U is the teacher softened at τ = 1/γ, as in KD. The student is not soft
 on the Rényi entropy of its distribution. U is 1 for a teacher that is certain and grows with its uncertainty,
 so uncertain targets weigh more.
 
-γ = 0.2 and β = 4 are those of the authors' repository for vgg13 → vgg8 in a sum; the paper has others for each
-pair. U is at most N^(1−γ), 40 for 100 classes and 6 for ten, so β depends on the number of classes:
+γ = 0.2 and β = 4 are those of the authors' repository for vgg13 → vgg8 in a sum; the paper has others for
+each pair. U is at most N^(1−γ), 40 for 100 classes and 6 for ten, so β depends on the number of classes:
 ``--balance auto`` scales it.
 
 Several teachers: their softened probabilities are averaged as in KD, and p_T is the distribution whose power
