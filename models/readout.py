@@ -5,6 +5,7 @@
 - `map_pre` [B,C,H,W]: the last map before its ReLU; VGG networks only
 - `vector` [B,D]: the penultimate vector, which the classifier (in a widened network, its last layer) reads
 - `logits` [B,N]: the class scores
+- `cells` [B,21,N]: the class scores of the whole map and of its 2×2 and 4×4 cells
 
 All maps are [B,C,H,W]: channels-last maps are permuted, and tokens are put back on their grid without class,
 distillation and register tokens.
@@ -19,11 +20,18 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from .errors import ModelError, Size, show_size
 
 Reads = frozenset[str]
+CELL_GRIDS = (1, 2, 4)
 LOGITS: Reads = frozenset({"logits"})
+_MISSING = {
+    "map": "has no feature map, which this method requires. Choose another model or a method on logits.",
+    "map_pre": "has no map before a last ReLU. Only VGG networks do.",
+    "cells": "does not classify the mean of its map linearly. Choose another model or a method on logits.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Shapes:
     towers: tuple[tuple[int, int, int], ...] = ()
     region_vector: int | None = None
     region_levels: int = 0
+    cells: int = 0
 
 
 class Readouts(nn.Module):
@@ -80,6 +89,7 @@ class Readouts(nn.Module):
             "map_pre": self.shapes.map_pre,
             "vector": self.shapes.vector,
             "logits": self.shapes.logits or None,
+            "cells": self.shapes.cells or None,
         }
         names = {name for name, shape in present.items() if shape is not None}
         return frozenset(names | {f"map@{level}" for level in range(len(self.shapes.levels))})
@@ -89,13 +99,8 @@ class Readouts(nn.Module):
         for read in sorted(reads):
             if read in self.offers or (read.startswith("map@") and self._level(read) is not None):
                 continue
-            if read == "map":
-                raise ModelError(
-                    f"Model {self.name} has no feature map, which this method requires. Choose another model "
-                    "or a method on logits."
-                )
-            if read == "map_pre":
-                raise ModelError(f"Model {self.name} has no map before a last ReLU. Only VGG networks do.")
+            if read in _MISSING:
+                raise ModelError(f"Model {self.name} {_MISSING[read]}")
             if read.startswith("map@") and self.shapes.levels:
                 levels = f"0 to {len(self.shapes.levels) - 1}"
                 raise ModelError(
@@ -153,6 +158,10 @@ class Readouts(nn.Module):
                 result[read] = levels[self._level_index(read)]
         if "map" in reads:
             result["map"] = self._as_map(features, levels)
+        if "cells" in reads:
+            f = self._as_map(features, levels)
+            cells = [adaptive_avg_pool2d(f, grid).flatten(2) for grid in CELL_GRIDS]
+            result["cells"] = _classifier(self.network)(torch.cat(cells, dim=2).transpose(1, 2))
         if "vector" in reads:
             result["vector"] = self._vector(features)
         if "logits" in reads:
@@ -177,7 +186,7 @@ class Readouts(nn.Module):
     def _features(self, x: Tensor, reads: Reads) -> tuple[Any, dict[int, Tensor]]:
         """Return the output of forward_features, and the requested maps by level number."""
         wanted = {self._level_index(read) for read in reads if read.startswith("map@")}
-        if "map" in reads and self.layout == "tokens":
+        if reads & {"map", "cells"} and self.layout == "tokens":
             wanted.add(self.level_count - 1)
         if not wanted:
             return self._part("forward_features", reads)(x), {}
@@ -253,6 +262,7 @@ class Readouts(nn.Module):
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
             tensors = self._read(x, frozenset(reads))
+            has_cells = {"map", "vector"} <= reads and self._classifies_mean(features, tensors["map"])
         sizes = {read: tuple(tensor.shape[1:]) for read, tensor in tensors.items()}
         return Shapes(
             map=_as_chw(sizes.get("map")),
@@ -260,6 +270,7 @@ class Readouts(nn.Module):
             logits=0 if headless else logits.shape[1],
             levels=tuple((level.shape[1], level.shape[2], level.shape[3]) for level in levels),
             map_pre=_as_chw(sizes.get("map_pre")),
+            cells=sum(grid**2 for grid in CELL_GRIDS) if has_cells else 0,
         )
 
     def _explore_levels(self, x: Tensor) -> list[Tensor]:
@@ -291,6 +302,13 @@ class Readouts(nn.Module):
         if isinstance(classifier, nn.Linear) and classifier.in_features != vector.shape[1]:
             return False
         return logits.is_meta or torch.equal(classifier(vector), logits)
+
+    def _classifies_mean(self, features: Any, f: Tensor) -> bool:
+        """Return True if the classifier is linear on the mean of the map [B,C,H,W] over its positions."""
+        vector = self.network.forward_head(features, pre_logits=True).flatten(1)
+        if not self.classifier_is_all_left or vector.shape != f.shape[:2]:
+            return False
+        return f.is_meta or torch.allclose(vector, f.mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 
 def read_network(network: Any, image_size: Size | None = None) -> Readouts:

@@ -180,7 +180,7 @@ class Options(BaseModel):
     )
 
     method: str = method_option(
-        "auto: see the defaults; quest, kd, dkd, dist, wttm, mimic, itrd, feed, pkd, a sum such as quest+dkd, or none to train on labels only",
+        "auto: see the defaults; quest, kd, dkd, dist, wttm, sdd, mimic, itrd, feed, pkd, a sum such as quest+dkd, or none to train on labels only",
         "auto",
         enters="prepare",
     )

@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
     "dkd": "dkd:Dkd",
     "dist": "dist:Dist",
     "wttm": "wttm:Wttm",
+    "sdd": "sdd:Sdd",
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
     "itrd": "itrd:Itrd",

@@ -16,7 +16,8 @@ from ..config import TaskName
 from ..config.limits import check_limits
 
 Features = Mapping[str, Tensor]
-"""One network's features of a batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N], ``map@LEVEL``."""
+"""One network's features of a batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N], ``map@LEVEL``,
+``cells`` [B,21,N]; see ``models/readout.py``."""
 
 
 class Parameters(BaseModel):
@@ -43,6 +44,8 @@ class Shapes:
     """Number of levels of a detector's feature pyramid, ``map@0`` the finest; 0 for a classifier."""
     region_vector: int | None = None
     """Numbers in the vector of a two-stage detector's region; None for other networks."""
+    cells: int = 0
+    """Number of cells of the map, at all grids, that have logits; 0 if the classifier is not linear on it."""
     region_levels: int = 0
     """Number of levels, from the finest, that regions are pooled from."""
 
@@ -240,7 +243,8 @@ class Method(nn.Module):
 
 
 def _half(read: str, shapes: Shapes) -> CachedOutput:
-    shape = {"logits": (shapes.logits,), "vector": (shapes.vector or 0,), **shapes.maps}[read]
+    cells = (shapes.cells, shapes.logits)
+    shape = {"logits": (shapes.logits,), "cells": cells, "vector": (shapes.vector or 0,), **shapes.maps}[read]
     return CachedOutput(
         key={"readout": read},
         reads=frozenset({read}),

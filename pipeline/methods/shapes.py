@@ -36,13 +36,14 @@ def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
         levels=pyramid,
         region_vector=sizes.region_vector,
         region_levels=sizes.region_levels,
+        cells=sizes.cells,
     )
 
 
 @lru_cache(maxsize=16)
-def _check_widening(name: str, image_size: Size) -> None:
-    # With values: shapes alone do not show what a classifier computes.
-    Readouts(build(name, num_classes=2, image_size=image_size, seed=0)).check_widening()
+def _build_with_values(name: str, image_size: Size) -> Readouts:
+    # Shapes alone do not show what a classifier computes.
+    return Readouts(build(name, num_classes=2, image_size=image_size, seed=0))
 
 
 def count_parameters(name: str, classes: int, image_size: Size) -> int:
@@ -87,15 +88,17 @@ def check_methods(
                     "with --teacher-head none. Use a feature method (quest, feed, or mimic with "
                     "variant l2, lsh or lshl2) or another --teacher-head."
                 )
-            _check_reads(method, _build(name, count, image_size), reads)
-        _check_reads(method, readouts, cls.reads(chosen, setup.student))
+            _check_reads(method, _build(name, count, image_size), reads, image_size)
+        _check_reads(method, readouts, cls.reads(chosen, setup.student), student_size)
         cls.check(chosen, setup, images)
         if cls.student_width(chosen, setup) is not None:
-            _check_widening(student, student_size)
+            _build_with_values(student, student_size).check_widening()
 
 
-def _check_reads(method: str, readouts: Readouts, reads: frozenset[str]) -> None:
+def _check_reads(method: str, readouts: Readouts, reads: frozenset[str], image_size: Size) -> None:
     try:
         readouts.check(reads)
+        if "cells" in reads:
+            _build_with_values(readouts.name, image_size).check(frozenset({"cells"}))
     except ModelError as error:
         raise ModelError(f"--method {method} does not suit these networks: {error}") from error

@@ -199,7 +199,7 @@ def test_unsuitable_detectors_and_settings_are_refused(
         build(name, settings, teacher)
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wttm", "itrd", "feed"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wttm", "sdd", "itrd", "feed"])
 def test_methods_for_whole_images_name_the_ones_for_detectors(name: str) -> None:
     with pytest.raises(UsageError, match=r"does not support detection data: .* Use quest or mimic or pkd\."):
         methods.check_task(methods.parse_parameters([name], {}), "detection")

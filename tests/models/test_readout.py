@@ -1,3 +1,5 @@
+from math import ceil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,30 @@ def test_other_requested_features_change_nothing(family):
         assert set(alone) == {read}
         torch.testing.assert_close(alone[read], everything[read], rtol=0, atol=0)
     assert torch.equal(everything["logits"], readouts.network(x))
+
+
+WITH_CELLS = {"resnet18", "mobilenetv2_035", "regnety_002", "efficientnet_lite0", "cifar_vgg8",
+              "cifar_shufflenetv2", "swin_tiny_patch4_window7_224", "mixer_s32_224",
+              "vit_small_patch16_dinov3"}  # fmt: skip
+
+
+@torch.no_grad()
+def test_cells_are_the_classifier_on_means_of_the_map(family):
+    readouts, size = family
+    assert (readouts.shapes.cells == 21) == (readouts.name in WITH_CELLS)
+    if readouts.name not in WITH_CELLS:
+        with pytest.raises(ModelError, match="does not classify the mean of its map"):
+            readouts.check(frozenset({"cells"}))
+        return
+    found = readouts(torch.randn(2, 3, size, size), frozenset({"cells", "map", "logits"}))
+    classify, f = readouts.network.get_classifier(), found["map"]
+    height, width = f.shape[2:]
+    lower_left = f[..., height // 2 :, : ceil(width / 2)]
+    corner = f[..., : ceil(height / 4), : ceil(width / 4)]
+    for index, cell in ((0, f), (3, lower_left), (5, corner)):
+        expected = classify(cell.mean((2, 3)))
+        torch.testing.assert_close(found["cells"][:, index], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["cells"][:, 0], found["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +162,7 @@ def test_training_step_through_the_readouts_updates_batch_statistics_once():
 
 def test_gradients_reach_the_network_from_every_readout():
     readouts = Readouts(build("cifar_resnet8", num_classes=3, image_size=32, seed=0).train())
-    for read in ("map", "vector", "logits", "map@0"):
+    for read in ("map", "vector", "logits", "cells", "map@0"):
         readouts.zero_grad()
         readouts(torch.randn(2, 3, 32, 32), frozenset({read}))[read].square().sum().backward()
         assert readouts.network.conv1.weight.grad.abs().sum() > 0

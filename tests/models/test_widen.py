@@ -121,3 +121,12 @@ def test_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
     found = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
     assert found is not None and found.shape == (5, 1024)
     assert classifier_weight(build("cifar_resnet8", num_classes=0, image_size=32, seed=0)) is None
+
+
+@torch.no_grad()
+def test_cells_of_a_widened_network_are_those_of_the_merged_one(images: torch.Tensor) -> None:
+    network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0).eval()
+    widen(network, 100, seed=0)
+    read = frozenset({"cells"})
+    cells, plain = (Readouts(net, 32)(images, read)["cells"] for net in (network, merged(network)))
+    assert cells.shape == (len(images), 21, 5) and torch.allclose(cells, plain, atol=1e-5)
