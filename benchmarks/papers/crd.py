@@ -12,54 +12,137 @@ from pathlib import Path
 
 from benchmarks.cells import Cell, Table, markdown, run_and_write, spoken
 
-# name: (teacher, student, published: teacher, none, kd, quest, dkd, dist). Top-1 in percent, means of several seeds.
-# RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd), DIST_KD (dist).
+# name: (teacher, student, published: teacher, none, kd, quest, dkd, dist, wttm, itrd). Top-1 in percent, means of several seeds.
+# RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd), DIST_KD (dist), TTM (wttm),
+# ITRD (itrd). None for sdd.
 PAIRS: dict[str, tuple[str, str, dict[str, float]]] = {
     "r56:r20": (
         "cifar_resnet56",
         "cifar_resnet20",
-        {"teacher": 72.34, "none": 69.06, "kd": 70.66, "quest": 71.84, "dkd": 71.97, "dist": 71.75},
+        {
+            "teacher": 72.34,
+            "none": 69.06,
+            "kd": 70.66,
+            "quest": 71.84,
+            "dkd": 71.97,
+            "dist": 71.75,
+            "wttm": 71.92,
+            "itrd": 71.47,
+        },
     ),
     "r110:r32": (
         "cifar_resnet110",
         "cifar_resnet32",
-        {"teacher": 74.31, "none": 71.14, "kd": 73.08, "quest": 74.08, "dkd": 74.11},
+        {
+            "teacher": 74.31,
+            "none": 71.14,
+            "kd": 73.08,
+            "quest": 74.08,
+            "dkd": 74.11,
+            "wttm": 74.13,
+            "itrd": 74.26,
+        },
     ),
     "r32x4:r8x4": (
         "cifar_resnet32x4",
         "cifar_resnet8x4",
-        {"teacher": 79.42, "none": 72.50, "kd": 73.33, "quest": 75.88, "dkd": 76.32, "dist": 76.31},
+        {
+            "teacher": 79.42,
+            "none": 72.50,
+            "kd": 73.33,
+            "quest": 75.88,
+            "dkd": 76.32,
+            "dist": 76.31,
+            "wttm": 76.06,
+            "itrd": 76.69,
+        },
     ),
     "wrn40-2:16-2": (
         "cifar_wrn_40_2",
         "cifar_wrn_16_2",
-        {"teacher": 75.61, "none": 73.26, "kd": 74.92, "quest": 76.10, "dkd": 76.23},
+        {
+            "teacher": 75.61,
+            "none": 73.26,
+            "kd": 74.92,
+            "quest": 76.10,
+            "dkd": 76.23,
+            "wttm": 76.37,
+            "itrd": 76.12,
+        },
     ),
     "wrn40-2:40-1": (
         "cifar_wrn_40_2",
         "cifar_wrn_40_1",
-        {"teacher": 75.61, "none": 71.98, "kd": 73.54, "quest": 74.58, "dkd": 74.81, "dist": 74.43},
+        {
+            "teacher": 75.61,
+            "none": 71.98,
+            "kd": 73.54,
+            "quest": 74.58,
+            "dkd": 74.81,
+            "dist": 74.43,
+            "wttm": 74.58,
+            "itrd": 75.18,
+        },
     ),
-    "vgg13:vgg8": ("cifar_vgg13", "cifar_vgg8", {"teacher": 74.64, "none": 70.36, "kd": 72.98, "dkd": 74.68}),
+    "vgg13:vgg8": (
+        "cifar_vgg13",
+        "cifar_vgg8",
+        {"teacher": 74.64, "none": 70.36, "kd": 72.98, "dkd": 74.68, "wttm": 74.44, "itrd": 74.93},
+    ),
     "r50:mv2": (
         "cifar_resnet50",
         "cifar_mobilenetv2_half",
-        {"teacher": 79.34, "none": 64.60, "kd": 67.35, "quest": 69.81, "dkd": 70.35, "dist": 68.66},
+        {
+            "teacher": 79.34,
+            "none": 64.60,
+            "kd": 67.35,
+            "quest": 69.81,
+            "dkd": 70.35,
+            "dist": 68.66,
+            "wttm": 69.59,
+            "itrd": 71.34,
+        },
     ),
     "r32x4:shv1": (
         "cifar_resnet32x4",
         "cifar_shufflenetv1",
-        {"teacher": 79.42, "none": 70.50, "kd": 74.07, "quest": 76.28, "dkd": 76.45, "dist": 76.34},
+        {
+            "teacher": 79.42,
+            "none": 70.50,
+            "kd": 74.07,
+            "quest": 76.28,
+            "dkd": 76.45,
+            "dist": 76.34,
+            "wttm": 74.37,
+            "itrd": 76.69,
+        },
     ),
     "r32x4:shv2": (
         "cifar_resnet32x4",
         "cifar_shufflenetv2",
-        {"teacher": 79.42, "none": 71.82, "kd": 74.45, "quest": 77.09, "dkd": 77.07, "dist": 77.35},
+        {
+            "teacher": 79.42,
+            "none": 71.82,
+            "kd": 74.45,
+            "quest": 77.09,
+            "dkd": 77.07,
+            "dist": 77.35,
+            "wttm": 76.55,
+            "itrd": 77.40,
+        },
     ),
     "wrn40-2:shv1": (
         "cifar_wrn_40_2",
         "cifar_shufflenetv1",
-        {"teacher": 75.61, "none": 70.50, "kd": 74.83, "quest": 76.75, "dkd": 76.70},
+        {
+            "teacher": 75.61,
+            "none": 70.50,
+            "kd": 74.83,
+            "quest": 76.75,
+            "dkd": 76.70,
+            "wttm": 75.42,
+            "itrd": 77.09,
+        },
     ),
 }
 
@@ -69,6 +152,9 @@ RECIPES = {
     "quest": "quest-cifar100",
     "dkd": "dkd-cifar100",
     "dist": "dist-cifar100",
+    "wttm": "wttm-cifar100",
+    "itrd": "itrd-cifar100",
+    "sdd": "sdd-cifar100",
 }
 
 
@@ -87,6 +173,8 @@ def main() -> None:
     )
     parser.add_argument("--cache-top", help="words of QuEST's targets that are stored")
     parser.add_argument("--epochs", help="other than the recipes' 240, for a trial")
+    parser.add_argument("--device", help="as of compress")
+    parser.add_argument("--precision", help="as of compress")
     options = parser.parse_args()
     pairs, chosen = options.pairs.split(","), options.methods.split(",")
     for known, given in ((PAIRS, pairs), (RECIPES, chosen)):
@@ -96,6 +184,9 @@ def main() -> None:
     common = ["--data", options.data]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
+    for name in ("device", "precision"):
+        if value := getattr(options, name):
+            common += [f"--{name}", value]
     stored = ["--cache-views", options.cache_views] if options.cache_views else []
     top = ["--cache-top", options.cache_top] if options.cache_top else []
     methods = {

@@ -55,6 +55,11 @@ def test_quest_on_cifar_is_the_papers_recipe() -> None:
         ("dkd-cifar100", "cifar_resnet56", "cifar_resnet20", "dkd.beta", 2),
         ("dkd-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "dkd.beta", 6),
         ("dkd-cifar100", "cifar_resnet32x4", "cifar_resnet8x4", "dkd.beta", 8),
+        ("dkd-cifar100", "cifar_wrn_40_2", "cifar_shufflenetv1", "dkd.beta", 8),
+        ("kd-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "optimizer", "momentum"),
+        ("quest-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "optimizer", "sgd"),
+        ("sdd-cifar100", "cifar_wrn_40_2", "cifar_shufflenetv1", "sdd.finest", 4),
+        ("sdd-cifar100", "cifar_resnet56", "cifar_resnet20", "sdd.finest", 2),
         ("mimic-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "mimic.beta", 6),
         ("mimic-cifar100", "cifar_vgg13", "cifar_vgg8", "mimic.hashes", 32 * 512),
         ("mimic-cifar100", "cifar_resnet50", "cifar_vgg8", "mimic.hashes", 32 * 2048),
@@ -64,7 +69,7 @@ def test_quest_on_cifar_is_the_papers_recipe() -> None:
     ],
 )
 def test_pairs_that_the_paper_treats_differently_are(
-    recipe: str, teacher: str, student: str, name: str, value: float
+    recipe: str, teacher: str, student: str, name: str, value: float | str
 ) -> None:
     chosen = options(recipe, teacher, student)
     found = chosen.settings[name] if "." in name else getattr(chosen, name)
