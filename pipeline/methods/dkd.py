@@ -14,6 +14,7 @@ most probable. For an image that the teacher classifies correctly, that is its l
 """
 
 from math import ceil
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Dkd(LogitMethod):
 
     name = "dkd"
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
-    parameters_class = Parameters
+    parameters_class: ClassVar[type[base.Parameters]] = Parameters
     weights = frozenset({"alpha", "beta"})
     # A third to three times the ratio of the authors' weight (β = 2) for resnet56 → resnet20, 4.7.
     gradient_ratio = (1.5, 14.0)
