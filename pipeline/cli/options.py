@@ -108,7 +108,7 @@ def _complete_recipe(_context: click.Context, _option: click.Parameter, incomple
     return [name for name in recipes.list_recipes() if name.startswith(incomplete)]
 
 
-METAVARS = {"milestones": "E,E,…", "image_size": "SIZE", "student_size": "SIZE"}
+METAVARS = {"milestones": "E,E,…", "image_size": "SIZE", "student_size": "SIZE", "randaugment": "N,M"}
 """Placeholders of values with another form than their type."""
 
 COMPLETIONS = {"method": _complete_method, "recipe": _complete_recipe}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...export.runtime import Size, height_width
+from .augment import apply_changes, draw_changes, to_device
 from .boxes import follow
-from .views import ViewPolicy, draw_color_factors, draw_crops
+from .views import ViewPolicy, draw_crops
 
 T = TypeVar("T", bound=Iterable[Tensor])
 
@@ -89,15 +90,6 @@ def prefetch(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
         # Started before the step that uses `batch`, so that both run concurrently.
         batch, upcoming = upcoming, compute()
         yield batch
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a host tensor to the device; with CUDA asynchronously, through pinned memory."""
-    device = torch.device(device)
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    # On Apple GPUs an asynchronous copy may outlive the memory it reads.
-    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def render_views(
@@ -253,27 +245,6 @@ def _triangle_filter(length: Tensor, max_length: int, size: int) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def jitter_colors(views: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of views, uint8 [B, 3, H, W], by ``factors`` [B, 3].
-
-    Like torchvision's ColorJitter, in this order, but rounded once at the end: scale; blend with the image's
-    mean gray; blend with each pixel's own gray (ITU-R 601).
-    """
-    brightness, contrast, saturation = to_device(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
-    image = (views.to(torch.float32) * brightness).clamp(0, 255)
-    # Row by row, then the rows: the same sum with any number of threads.
-    mean = _to_gray(image).mean(3, keepdim=True).mean(2, keepdim=True)
-    image = (mean + contrast * (image - mean)).clamp(0, 255)
-    gray = _to_gray(image)
-    image = (gray + saturation * (image - gray)).clamp(0, 255)
-    return image.round().to(torch.uint8)
-
-
-def _to_gray(image: Tensor) -> Tensor:
-    red, green, blue = image.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
 class Normalize(nn.Module):
     """Convert uint8 [B, 3, H, W] to a network's input: (pixels / 255 − mean) / std.
 
@@ -314,7 +285,7 @@ class LabeledViews:
     def draw(
         self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Draw crops and flips of views, the factors of the color jitter if there is one, and the labels.
+        """Draw crops and flips of views, the changes of their pixels if there are any, and the labels.
 
         ``indices`` and ``view_numbers`` are int64 [B], labeled images first, whose labels are returned;
         ``heights`` and ``widths`` int64 [N], of all images.
@@ -325,8 +296,7 @@ class LabeledViews:
         labels = self.labels[indices[indices < len(self.labels)]]
         rows = slice(len(labels))
         labels = follow(labels, box[rows], flips[rows], heights[rows], widths[rows], self.size)
-        factors = draw_color_factors(policy, seed, keys, view_numbers) if policy.color_jitter else None
-        return box, flips, factors, labels
+        return box, flips, draw_changes(policy, seed, keys, view_numbers), labels
 
 
 @dataclass(frozen=True)
@@ -348,10 +318,10 @@ class Views(LabeledViews):
         and the seed, not on the other images of the batch.
         """
         pixels = self.pixels
-        box, flips, factors, labels = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
+        box, flips, changes, labels = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
         views = render_views(pixels, indices, box, flips, size or self.size, self.policy, device)
-        if factors is not None:
-            views = jitter_colors(views, factors)
+        if changes is not None:
+            views = apply_changes(views, changes, self.policy)
         return views, to_device(labels, device)
 
     def batches(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...export.runtime import Preprocessing, Size, height_width, needed_size, render
 from ..runs.cache import Cache
+from .augment import apply_changes, to_device
 from .dataset import Image, Progress
 from .decode import (
     Canonical,
@@ -27,7 +28,7 @@ from .decode import (
     skip_unreadable,
     write_sizes,
 )
-from .render import LabeledViews, Pixels, jitter_colors, prefetch, render_views, to_device
+from .render import LabeledViews, Pixels, prefetch, render_views
 from .views import ViewPolicy
 from .workers import Task, Workers
 
@@ -93,11 +94,11 @@ class StreamedViews(LabeledViews):
         def tasks() -> Iterator[Task]:
             for indices, view_numbers in plan:
                 drawn = self.draw(indices, view_numbers, images.heights, images.widths)
-                box, flips, factors, targets = drawn
+                box, flips, changes, targets = drawn
                 labels.append(targets)
                 batch = [images.images[index] for index in indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
-                arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()
+                arrays = box.numpy(), flips.numpy(), None if changes is None else changes.numpy()
                 yield partial(_crop, batch, self.canonical, self.policy, *arrays, sizes)
 
         for packed in self.workers.map(tasks()):
@@ -135,12 +136,12 @@ def _crop(
     policy: ViewPolicy,
     box: np.ndarray,
     flips: np.ndarray,
-    factors: np.ndarray | None,
+    changes: np.ndarray | None,
     sizes: tuple[Size, ...],
 ) -> Tensor:
     """Return views uint8 [B, ΣH·W, 3], packed for all sizes, from one decoding of each image.
 
-    ``box`` is int32 [B, 4], ``flips`` bool [B], ``factors`` of the color jitter float32 [B, 3].
+    ``box`` is int32 [B, 4], ``flips`` bool [B], ``changes`` of ``draw_changes`` [B, K].
     """
     boxes, mirrored, first = torch.from_numpy(box), torch.from_numpy(flips), torch.zeros(1).long()
     packed = torch.empty(len(images), sum(_areas(sizes)), 3, dtype=torch.uint8)
@@ -151,9 +152,9 @@ def _crop(
         pixels = Pixels(data.view(-1, 3), first, height, width)
         for size, views in zip(sizes, unpacked, strict=True):
             views[n] = render_views(pixels, first, boxes[n : n + 1], mirrored[n : n + 1], size, policy)[0]
-    if factors is not None:
+    if changes is not None:
         for views in unpacked:
-            views.copy_(jitter_colors(views, torch.from_numpy(factors)))
+            views.copy_(apply_changes(views, torch.from_numpy(changes), policy))
     return packed
 
 

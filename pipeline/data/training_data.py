@@ -81,7 +81,12 @@ class TrainingData:
     def policy(self) -> ViewPolicy:
         """How views are drawn."""
         o = self.options
-        flip, jitter = bool(o.flip), o.color_jitter or 0.0
+        changes: dict[str, Any] = {
+            "flip": bool(o.flip),
+            "color_jitter": o.color_jitter or 0.0,
+            "randaugment": (o.randaugment[0], o.randaugment[1]) if o.randaugment else None,
+            "erasing": o.erasing,
+        }
         height, width = height_width(self.image_size)
         if o.crop == "pad":
             assert o.pad is not None and o.pad_mode is not None
@@ -92,19 +97,17 @@ class TrainingData:
                 crop=self.image_size,
                 pad=o.pad,
                 mode=o.pad_mode,
-                flip=flip,
-                color_jitter=jitter,
+                **changes,
             )
         if o.crop == "resized":
             assert o.crop_scale is not None
             return ViewPolicy(
                 "resized_crop",
                 scale=(o.crop_scale, 1.0),
-                flip=flip,
-                color_jitter=jitter,
+                **changes,
                 aspect=width / height,
             )
-        return ViewPolicy("center", flip=flip, color_jitter=jitter, aspect=width / height)
+        return ViewPolicy("center", **changes, aspect=width / height)
 
     @property
     def _student_preprocessing(self) -> Preprocessing:

@@ -69,7 +69,7 @@ _FLIP, _JITTER, _ORDER, _METHODS = 16, 17, 18, 19
 
 # The aspect ratio is drawn from this many values, evenly spaced in its logarithm. They are rounded, because
 # exp may differ in its last bit between machines; ×, ÷ and √ may not.
-_RATIOS = 4096
+RATIO_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ViewPolicy:
     - ``center``: the largest crop at the center with ``aspect``, width over height.
 
     ``flip`` mirrors half of the views. ``color_jitter`` j changes brightness, contrast and saturation by
-    factors from [1 − j, 1 + j].
+    factors from [1 − j, 1 + j]. ``randaugment`` is N, M and ``erasing`` a probability; see ``augment.py``.
     """
 
     kind: Literal["pad_crop", "resized_crop", "center"]
@@ -97,6 +97,8 @@ class ViewPolicy:
     flip: bool = True
     color_jitter: float = 0.0
     aspect: float = 1.0
+    randaugment: tuple[int, int] | None = None
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible policy."""
@@ -113,7 +115,7 @@ class ViewPolicy:
     @property
     def count(self) -> int | None:
         """Number of different views of an image; None if there are practically infinitely many."""
-        if self.kind == "resized_crop" or self.color_jitter:
+        if self.kind == "resized_crop" or self.color_jitter or self.randaugment or self.erasing:
             return None
         return (math.prod(self._shifts) if self.kind == "pad_crop" else 1) * (2 if self.flip else 1)
 
@@ -214,7 +216,7 @@ def _resized_crop(
     low, high = policy.scale
     target = (heights * widths)[:, None] * (low + (high - low) * (area.double() * 2.0**-32))
     ratios = policy.ratio[0] * policy.aspect, policy.ratio[1] * policy.aspect
-    aspect = _ratios(ratios).to(keys.device)[below(ratio, _RATIOS)]
+    aspect = ratio_table(ratios).to(keys.device)[below(ratio, RATIO_STEPS)]
     wide, tall = _rounded((target * aspect).sqrt()), _rounded((target / aspect).sqrt())
     fits = (wide >= 1) & (wide <= widths[:, None]) & (tall >= 1) & (tall <= heights[:, None])
     first = fits.int().argmax(1, keepdim=True)
@@ -238,9 +240,10 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 @cache
-def _ratios(ratio: tuple[float, float]) -> Tensor:
+def ratio_table(ratio: tuple[float, float]) -> Tensor:
+    """Return ``RATIO_STEPS`` aspect ratios, float64, evenly spaced in their logarithm."""
     low, high = (math.log(end) for end in ratio)
-    steps = ((step + 0.5) / _RATIOS for step in range(_RATIOS))
+    steps = ((step + 0.5) / RATIO_STEPS for step in range(RATIO_STEPS))
     ratios = [round(math.exp(low + (high - low) * t) * 2**20) / 2**20 for t in steps]
     return torch.tensor(ratios, dtype=torch.float64)
 

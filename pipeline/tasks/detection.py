@@ -57,6 +57,8 @@ class Detection(Task):
             "calibrate": "its scores have no temperature",
             "qat": "it trains networks of one output, and detectors have two",
             "label_smoothing": "the losses of detectors have none",
+            "randaugment": "it moves objects without their boxes",
+            "erasing": "it hides objects that keep their boxes",
         }
     )
     needs_label_loss = "no method trains the boxes"

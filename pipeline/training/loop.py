@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...export.runtime import Size
-from ..data.render import Views, prefetch, to_device
+from ..data.augment import to_device
+from ..data.render import Views, prefetch
 from ..data.streaming import StreamedViews
 from ..data.views import ViewSchedule, draw_endless_order, draw_order, method_keys
 from ..errors import JobError

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.render import to_device
+from ..data.augment import to_device
 from ..errors import JobError
 from ..methods.base import CachedOutput, Features
 from ..report import format

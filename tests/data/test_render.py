@@ -7,12 +7,12 @@ import torch
 from questpress.export import runtime
 from questpress.export.runtime import Size, height_width
 from questpress.pipeline.data import render
+from questpress.pipeline.data.augment import jitter_colors
 from questpress.pipeline.data.decode import Canonical, DecodedImages, decode_images
 from questpress.pipeline.data.render import (
     Normalize,
     Views,
     copy_crop_rows,
-    jitter_colors,
     render_views,
     resize_batched,
 )
@@ -237,7 +237,7 @@ class Copies(TorchDispatchMode):
     "policy",
     [
         ViewPolicy("resized_crop", color_jitter=0.4),
-        ViewPolicy("pad_crop", side=12, crop=12, pad=3, color_jitter=0.4),
+        ViewPolicy("pad_crop", side=12, crop=12, pad=3, color_jitter=0.4, randaugment=(8, 9), erasing=0.5),
     ],
 )
 def test_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:

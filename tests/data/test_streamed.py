@@ -23,6 +23,7 @@ POLICIES = {
     "pad_crop": ViewPolicy("pad_crop", side=SIZE, crop=SIZE, pad=3, mode="reflect"),
     "resized_crop": ViewPolicy("resized_crop"),
     "jittered": ViewPolicy("resized_crop", color_jitter=0.4),
+    "strong": ViewPolicy("resized_crop", randaugment=(2, 9), erasing=0.5),
     "center": ViewPolicy("center", flip=False),
 }
 BROKEN = "train/a/broken.jpg"

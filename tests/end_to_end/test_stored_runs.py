@@ -142,10 +142,12 @@ def key_of(data: TrainingData, precision: str = "fp32") -> str:
         lambda data: with_options(data, pad=1),
         lambda data: with_options(data, flip=not data.options.flip),
         lambda data: with_options(data, color_jitter=0.2),
+        lambda data: with_options(data, randaugment="2,9"),
+        lambda data: with_options(data, erasing=0.2),
         lambda data: with_options(data, crop="resized", crop_scale=0.5),
         other_images,
     ],
-    ids=["size", "pad", "flip", "jitter", "crop", "images"],
+    ids=["size", "pad", "flip", "jitter", "randaugment", "erasing", "crop", "images"],
 )
 def test_key_depends_on_images_sizes_and_view_policy(
     training_data: TrainingData, changed: Callable[[TrainingData], TrainingData]

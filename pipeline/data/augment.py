@@ -1,0 +1,228 @@
+"""Changes of a view's pixels after crop and flip: color jitter, RandAugment and random erasing.
+
+All are drawn on the host from (seed, image, view), like the crop. RandAugment and erasing compute in
+integers, or in products and sums that are rounded alike everywhere, so they are bit-exact on every device.
+
+RandAugment (Cubuk et al., 2019, arXiv 1909.13719) applies N of 14 operations in turn, with the strength M of
+30. Operations, ranges, nearest-neighbor sampling and the black border are torchvision's. Signs are random.
+
+Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896) fills a rectangle of 2 to 40 % of the view, with
+sides in a ratio of 0.3 to 3.3, by the mean color of ImageNet. A rectangle longer than the view is clipped.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .views import RATIO_STEPS, ViewPolicy, below, draw_color_factors, random_words, ratio_table, uniform
+
+OPERATIONS = (
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color",
+    "contrast", "sharpness", "posterize", "solarize", "auto_contrast", "equalize",
+)  # fmt: skip
+AFFINE = range(1, 6)
+
+MAX_STRENGTH = 30
+SHEAR, TRANSLATE, DEGREES, BLEND, BITS = 0.3, 150 / 331, 30, 0.9, 4
+"""Largest strengths; translations are fractions of the side."""
+
+ERASED_AREA, ERASED_RATIO = (0.02, 0.4), (0.3, 1 / 0.3)
+ERASED_COLOR = (125, 122, 114)
+
+# Draw numbers: see views.py. RandAugment takes one for each of its operations.
+_AUGMENT, _ERASE, _ERASE_AT = 32, 28, 29
+
+_ONE = 1 << 16
+"""1 in fixed-point numbers."""
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a host tensor to the device; with CUDA asynchronously, through pinned memory."""
+    device = torch.device(device)
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    # On Apple GPUs an asynchronous copy may outlive the memory it reads.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def draw_changes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor | None:
+    """Draw the changes of each view, float32 [B, K]; None if the policy has none.
+
+    Columns: the factors of the color jitter; for each operation of RandAugment its number and sign; the
+    erased rectangle (top, left, height, width as fractions of the view), of height 0 for none.
+    """
+    columns = []
+    if policy.color_jitter:
+        columns.append(draw_color_factors(policy, seed, keys, views))
+    for step in range(policy.randaugment[0] if policy.randaugment else 0):
+        operation, sign, *_ = random_words(seed, keys, views, _AUGMENT + step)
+        columns.append(torch.stack([below(operation, len(OPERATIONS)), 1 - 2 * (sign >> 31)], 1).float())
+    if policy.erasing:
+        columns.append(_draw_rectangles(policy.erasing, seed, keys, views))
+    return torch.cat(columns, 1) if columns else None
+
+
+def _draw_rectangles(probability: float, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    decision, area, ratio, _ = random_words(seed, keys, views, _ERASE)
+    down, across, *_ = (word.double() * 2.0**-32 for word in random_words(seed, keys, views, _ERASE_AT))
+    low, high = ERASED_AREA
+    target = low + (high - low) * (area.double() * 2.0**-32)
+    aspect = ratio_table(ERASED_RATIO)[below(ratio, RATIO_STEPS)]
+    height, width = (x.sqrt().clamp(max=1) for x in (target * aspect, target / aspect))
+    height = torch.where(uniform(decision) < probability, height, 0.0)
+    return torch.stack([down * (1 - height), across * (1 - width), height, width], 1).float()
+
+
+def apply_changes(views: Tensor, changes: Tensor, policy: ViewPolicy) -> Tensor:
+    """Return views uint8 [B, 3, H, W] with ``changes`` [B, K] of ``draw_changes``, which are on the host."""
+    if policy.color_jitter:
+        views, changes = jitter_colors(views, changes[:, :3].contiguous()), changes[:, 3:]
+    for _ in range(policy.randaugment[0] if policy.randaugment else 0):
+        assert policy.randaugment is not None
+        views = augment(views, changes[:, 0].long(), changes[:, 1], policy.randaugment[1])
+        changes = changes[:, 2:]
+    return erase(views, changes) if policy.erasing else views
+
+
+def erase(views: Tensor, rectangles: Tensor) -> Tensor:
+    """Fill rectangles, float32 [B, 4] (top, left, height, width as fractions), by the mean color."""
+    tall, wide = views.shape[2:]
+    start = rectangles[:, :2]
+    ends = torch.cat([start, start + rectangles[:, 2:]], 1) * torch.tensor([tall, wide, tall, wide])
+    top, left, bottom, right = to_device(ends.floor().long(), views.device).view(-1, 4, 1).unbind(1)
+    down, across = (torch.arange(length, device=views.device) for length in (tall, wide))
+    rows, columns = (down >= top) & (down < bottom), (across >= left) & (across < right)
+    color = to_device(torch.tensor(ERASED_COLOR, dtype=torch.uint8), views.device).view(1, 3, 1, 1)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], color, views)
+
+
+def augment(views: Tensor, operations: Tensor, signs: Tensor, strength: int) -> Tensor:
+    """Apply one operation of RandAugment to each view, uint8 [B, 3, H, W].
+
+    ``operations`` (int64 [B], indices into ``OPERATIONS``) and ``signs`` ([B], 1 or −1) are on the host, so
+    that the views of each operation are selected without waiting for the device.
+    """
+    views = views.clone()
+    part = strength / MAX_STRENGTH
+    for number, name in enumerate(OPERATIONS):
+        chosen = (
+            (operations > 0) & (operations <= AFFINE[-1]) if number == AFFINE[0] else operations == number
+        )
+        rows = chosen.nonzero()[:, 0]
+        if not len(rows) or name == "identity" or number in AFFINE[1:]:
+            continue
+        on_device = to_device(rows, views.device)
+        images = views.index_select(0, on_device)
+        if number in AFFINE:
+            changed = _transform(images, operations[rows], signs[rows].double() * part)
+        elif name in ("brightness", "color", "contrast", "sharpness"):
+            changed = _blend(images, _reference(images, name), 1 + signs[rows].float() * (BLEND * part))
+        elif name == "posterize":
+            changed = images & (256 - (1 << round(BITS * part)))
+        elif name == "solarize":
+            changed = torch.where(images >= math.ceil(255 * (1 - part)), 255 - images, images)
+        else:
+            changed = _stretch(images) if name == "auto_contrast" else _equalize(images)
+        views.index_copy_(0, on_device, changed)
+    return views
+
+
+def _transform(images: Tensor, operations: Tensor, parts: Tensor) -> Tensor:
+    """Shear, translate or rotate images [n, 3, H, W] by ``parts`` (float64 [n]) of the largest strengths."""
+    tall, wide = images.shape[2:]
+    rows = [
+        _affine(OPERATIONS[number], part, tall, wide)
+        for number, part in zip(operations.tolist(), parts.tolist(), strict=True)
+    ]
+    # Positions are counted in half pixels, from the edge of the image.
+    a, b, c, d, right, down, center = to_device(torch.tensor(rows), images.device).view(-1, 7, 1, 1).unbind(1)
+    x, y = (2 * torch.arange(length, device=images.device) + 1 for length in (wide, tall))
+    x, y = x[None, None, :] - center * wide, y[None, :, None] - center * tall
+    source_x = ((a * x + b * y + center * wide * _ONE) >> 17) - right
+    source_y = ((c * x + d * y + center * tall * _ONE) >> 17) - down
+    inside = (source_x >= 0) & (source_x < wide) & (source_y >= 0) & (source_y < tall)
+    places = source_y.clamp(0, tall - 1) * wide + source_x.clamp(0, wide - 1)
+    gathered = images.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
+    return gathered.view(images.shape) * inside[:, None]
+
+
+def _affine(name: str, part: float, tall: int, wide: int) -> tuple[int, ...]:
+    """Return the matrix of source positions row by row in fixed-point numbers, the shift, and 1 if centered.
+
+    Source position = matrix · (position − center) + center − shift, at the centers of pixels.
+    """
+    sides = {"translate_x": (wide, 0), "translate_y": (0, tall)}.get(name, (0, 0))
+    right, down = (int(TRANSLATE * side * part) for side in sides)
+    shear_x, shear_y = (SHEAR * part if name == shear else 0.0 for shear in ("shear_x", "shear_y"))
+    angle = math.radians(DEGREES * part) if name == "rotate" else 0.0
+    matrix = math.cos(angle), shear_x - math.sin(angle), shear_y + math.sin(angle), math.cos(angle)
+    return *(round(x * _ONE) for x in matrix), right, down, int(name == "rotate")
+
+
+def _blend(images: Tensor, reference: Tensor, factors: Tensor) -> Tensor:
+    """Return factor · image + (1 − factor) · reference, rounded."""
+    ours, theirs = to_device(torch.stack([factors, 1 - factors]), images.device).view(2, -1, 1, 1, 1)
+    # Two products, then a sum: a fused operation would be rounded differently on some devices.
+    scaled, rest = images.to(torch.float32) * ours, reference.to(torch.float32) * theirs
+    return (scaled + rest).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _reference(images: Tensor, name: str) -> Tensor:
+    """Return what a blend with factor 0 shows: black, gray, the mean gray, or a smoothed image."""
+    if name == "brightness":
+        return torch.zeros_like(images[:, :1, :1, :1])
+    whole = images.to(torch.int32)
+    if name == "sharpness":
+        tall, wide = images.shape[2:]
+        total = 4 * whole[..., 1:-1, 1:-1]
+        for down in range(3):
+            for across in range(3):
+                total = total + whole[..., down : down + tall - 2, across : across + wide - 2]
+        smooth = whole.clone()
+        smooth[..., 1:-1, 1:-1] = (2 * total + 13) // 26
+        return smooth
+    red, green, blue = whole.split(1, dim=1)
+    gray = (299 * red + 587 * green + 114 * blue) // 1000
+    return gray if name == "color" else gray.sum((2, 3), keepdim=True) / (images.shape[2] * images.shape[3])
+
+
+def _stretch(images: Tensor) -> Tensor:
+    """Scale each channel to the range from 0 to 255; a constant one stays."""
+    whole = images.to(torch.int32)
+    low, high = whole.amin((2, 3), keepdim=True), whole.amax((2, 3), keepdim=True)
+    stretched = (whole - low) * 255 // (high - low).clamp(min=1)
+    return torch.where(high > low, stretched, whole).to(torch.uint8)
+
+
+def _equalize(images: Tensor) -> Tensor:
+    """Equalize the histogram of each channel, with Pillow's integer arithmetic."""
+    levels = images.flatten(2).long()
+    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, levels, torch.ones_like(levels))
+    sums = counts.cumsum(2)
+    brightest = levels.amax(2, keepdim=True)
+    step = (levels.shape[2] - counts.gather(2, brightest)) // 255
+    table = ((sums - counts + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return torch.where(step > 0, table.gather(2, levels), levels).to(torch.uint8).view(images.shape)
+
+
+def jitter_colors(views: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of views, uint8 [B, 3, H, W], by ``factors`` [B, 3].
+
+    Like torchvision's ColorJitter, in this order, but rounded once at the end: scale; blend with the image's
+    mean gray; blend with each pixel's own gray (ITU-R 601).
+    """
+    brightness, contrast, saturation = to_device(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
+    image = (views.to(torch.float32) * brightness).clamp(0, 255)
+    # Row by row, then the rows: the same sum with any number of threads.
+    mean = _to_gray(image).mean(3, keepdim=True).mean(2, keepdim=True)
+    image = (mean + contrast * (image - mean)).clamp(0, 255)
+    gray = _to_gray(image)
+    image = (gray + saturation * (image - gray)).clamp(0, 255)
+    return image.round().to(torch.uint8)
+
+
+def _to_gray(image: Tensor) -> Tensor:
+    red, green, blue = image.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
