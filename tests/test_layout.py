@@ -35,7 +35,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 188, 38_640, 29_090
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 192, 39_140, 29_530
 """Only a new feature may raise these."""
 
 
