@@ -95,7 +95,7 @@ def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callabl
         optimizer.zero_grad(set_to_none=True)
         result["loss"].backward()
         optimizer.step()
-        meter.add(result, labels)
+        meter.add(result, labels, len(labels))
 
     return step
 
