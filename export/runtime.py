@@ -61,6 +61,9 @@ Size = Union[int, Tuple[int, int]]
 NeededSize = Callable[[int, int], Tuple[int, int]]
 """Returns height and width in pixels that suffice of an image of (height, width)."""
 
+ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
+"""Path of an image file, its content, a PIL image, or decoded pixels: uint8 [H, W, 3], RGB."""
+
 
 def height_width(size: Size) -> tuple[int, int]:
     """Return height and width of a size."""
@@ -157,6 +160,38 @@ def decode_image(
         raise ImageError(getattr(error, "strerror", None) or str(error), name) from error
 
 
+def convert_image(image: Image.Image, *, gray_bits: int = 16) -> Pixels:
+    """Return the pixels of a PIL image as `decode_image` does. Raises ImageError if it cannot be loaded."""
+    try:
+        with suppress_pillow_warnings():
+            return _to_rgb(_rotate_upright(image), gray_bits)
+    except Exception as error:  # see `_decode`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(reason, "a PIL image") from error
+
+
+def check_source(image: Any) -> ImageSource:
+    """Return an image as it is. Raises TypeError or ValueError unless it is an `ImageSource`."""
+    expected = "an image must be a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]"
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"{expected}, got an array of {image.dtype} {list(image.shape)}")
+    elif isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"{expected}, got a PIL image of {image.width} × {image.height} pixels")
+    elif not isinstance(image, (str, Path, bytes)):
+        raise TypeError(f"{expected}, got {type(image).__name__}")
+    return image
+
+
+def list_images(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
+    """Return one image as a list, several as they are; an array of four dimensions has several."""
+    is_one = isinstance(images, (str, Path, bytes, Image.Image)) or not isinstance(images, Iterable)
+    if is_one or (isinstance(images, np.ndarray) and (images.ndim != 4 or images.size == 0)):
+        return [check_source(images)]
+    return images
+
+
 def _open(file: BinaryIO | str | Path) -> Image.Image:
     formats = set(readable_formats().values())
     return Image.open(file, formats=[f for f in _FORMATS if f in formats])
@@ -208,9 +243,9 @@ def _shrink_jpeg(image: Image.Image, max_pixels: int, needed: NeededSize | None)
     image.draft(None, (wide, tall))
 
 
-def _original_size(source: Pixels | str | Path | bytes, pixels: Pixels) -> tuple[int, int]:
+def _original_size(source: ImageSource, pixels: Pixels) -> tuple[int, int]:
     """Return height and width of an image, which may have been decoded to fewer `pixels`."""
-    if not isinstance(source, np.ndarray):
+    if isinstance(source, (str, Path, bytes)):
         file = BytesIO(source) if isinstance(source, bytes) else source
         with suppress_pillow_warnings(), _open(file) as image:
             if image.format in _JPEG_FORMATS:
@@ -276,6 +311,7 @@ def _to_rgb(image: Image.Image, gray_bits: int) -> Pixels:
     if _has_transparency(image):
         key = image.info.get("transparency")
         if isinstance(key, tuple) and max(key) > 255:  # a 16-bit color key; Pillow reads pixels as 8 bits
+            image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in key)
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -837,9 +873,13 @@ class Model:
             raise ArtifactError(f"{model.name} is a {kind.lower()}, use {kind}")
         return model
 
-    def decode(self, image: str | Path | bytes) -> Pixels:
-        """Decode an image file as this model requires it. Raises ImageError."""
-        p = self.preprocessing
+    def decode(self, image: ImageSource) -> Pixels:
+        """Decode an image as this model requires it. Raises ImageError, and as `check_source`."""
+        p, image = self.preprocessing, check_source(image)
+        if isinstance(image, np.ndarray):
+            return image
+        if isinstance(image, Image.Image):
+            return convert_image(image, gray_bits=p.gray_bits)
         return decode_image(image, gray_bits=p.gray_bits, needed=partial(needed_size, p=p))
 
     def to_input(self, pixels: np.ndarray) -> np.ndarray:
@@ -877,12 +917,12 @@ class Model:
         return outputs
 
     def _render(
-        self, images: Iterable[Pixels | str | Path | bytes], batch_size: int
-    ) -> Iterator[tuple[list[Any], list[Pixels], np.ndarray]]:
+        self, images: ImageSource | Iterable[ImageSource], batch_size: int
+    ) -> Iterator[tuple[list[ImageSource], list[Pixels], np.ndarray]]:
         """Yield up to `batch_size` images at a time, their decoded pixels, and what is rendered of them."""
-        remaining = iter(images)
+        remaining = iter(list_images(images))
         while chunk := list(islice(remaining, batch_size)):
-            decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
+            decoded = [self.decode(image) for image in chunk]
             yield chunk, decoded, np.stack([render(image, self.preprocessing) for image in decoded])
 
 
@@ -1004,11 +1044,11 @@ class Classifier(Model):
         return softmax(logits) if self.thresholds is None else sigmoid(logits)
 
     def predict(
-        self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
+        self, images: ImageSource | Iterable[ImageSource], top: int = 5, *, batch_size: int = 16
     ) -> list[Prediction]:
-        """Classify images: paths, contents of files, or decoded images (uint8 [H, W, 3]).
+        """Classify one or several images; see `ImageSource`. One image gives a list of one prediction.
 
-        Raises ImageError if one cannot be read.
+        Raises ImageError if an image cannot be read, TypeError or ValueError for anything but images.
         """
         predictions = []
         for *_, pixels in self._render(images, batch_size):
@@ -1287,15 +1327,15 @@ class Detector(Model):
 
     def detect(
         self,
-        images: Iterable[Pixels | str | Path | bytes],
+        images: ImageSource | Iterable[ImageSource],
         min_score: float = 0.5,
         *,
         batch_size: int = 16,
     ) -> list[list[Detection]]:
-        """Find objects in images: paths, contents of files, or decoded images (uint8 [H, W, 3]).
+        """Find objects in one or several images; see `ImageSource`.
 
-        Returns for each image its objects of at least `min_score`, the best first. Raises ImageError if an
-        image cannot be read.
+        Returns for each image its objects of at least `min_score`, the best first. Raises as
+        `Classifier.predict`.
         """
         return [
             self._locate(

@@ -127,6 +127,15 @@ classifier = Classifier.load(".")
 for label, probability in classifier.predict(["photo.jpg"])[0].top:
     print(label, probability)"""
     """Python program that uses the artifact from its folder."""
+    camera_usage: ClassVar[str] = """\
+import cv2
+from predict import Classifier
+
+classifier = Classifier.load(".")
+_, frame = cv2.VideoCapture(0).read()
+[prediction] = classifier.predict(frame[:, :, ::-1])
+print(prediction.label, prediction.probability)"""
+    """Python program that uses the artifact with a camera."""
 
     @abstractmethod
     def label_loss(self, smoothing: float) -> LabelLoss:

@@ -82,6 +82,14 @@ from predict import Detector
 detector = Detector.load(".")
 for detection in detector.detect(["photo.jpg"])[0]:
     print(detection.label, detection.score, detection.box)"""
+    camera_usage = """\
+import cv2
+from predict import Detector
+
+detector = Detector.load(".")
+_, frame = cv2.VideoCapture(0).read()
+[detections] = detector.detect(frame[:, :, ::-1])
+print(detections)"""
 
     def label_loss(self, smoothing: float) -> LabelLoss:
         return sum_losses

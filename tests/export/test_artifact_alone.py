@@ -17,7 +17,7 @@ from tests.support import little
 ALONE = """
 import sys
 
-ABLE = {*sys.stdlib_module_names, "numpy", "PIL", "onnxruntime", "sitecustomize", "predict"}
+ABLE = {*sys.stdlib_module_names, "numpy", "PIL", "onnxruntime", "sitecustomize", "predict", "cv2"}
 
 class Refusal:
     def find_spec(self, name, path=None, target=None):
@@ -25,6 +25,17 @@ class Refusal:
             raise ModuleNotFoundError(f"No module named {name!r}: this is a bare device", name=name)
 
 sys.meta_path.insert(0, Refusal())
+"""
+
+CAMERA = """
+import numpy
+
+class VideoCapture:
+    def __init__(self, index):
+        pass
+
+    def read(self):
+        return True, numpy.full((480, 640, 3), (0, 0, 255), numpy.uint8)  # red, in the order BGR
 """
 
 
@@ -35,6 +46,7 @@ def device(finished: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(finished / "artifact", root / "artifact")
     (root / "bare").mkdir()
     (root / "bare" / "sitecustomize.py").write_text(ALONE)
+    (root / "bare" / "cv2.py").write_text(CAMERA)
     shutil.copytree(data / "red", root / "photos" / "red")
     shutil.copy(data / "blue" / "003.png", root / "photos" / "blue one.PNG")
     (root / "photos" / "notes.txt").write_text("no image")
@@ -155,10 +167,11 @@ def blocks(device: Path, language: str) -> list[str]:
 
 def test_every_line_of_python_in_the_readme_runs(device: Path) -> None:
     found = blocks(device, "python")
-    assert len(found) == 2
+    assert len(found) == 3
     for code in found:
         done = bare(device, "-c", code, folder=device / "artifact")
         assert (done.returncode, done.stderr) == (0, "")
+        assert "cv2" not in code or done.stdout.startswith("red ")
     assert (device / "artifact" / "photo.ppm").read_bytes().startswith(b"P6\n16 16\n255\n")
     (device / "artifact" / "photo.ppm").unlink()
 
@@ -188,7 +201,7 @@ def test_cpp_sample_predicts_as_python(device: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
     [compiled] = [line for line in lines if line.startswith("g++")]
     subprocess.run(compiled.split(), cwd=tmp_path, check=True, timeout=120)
-    bare(device, "-c", blocks(device, "python")[1], folder=device / "artifact")
+    bare(device, "-c", blocks(device, "python")[-1], folder=device / "artifact")
     photo = device / "artifact" / "photo.ppm"
     done = subprocess.run(
         [tmp_path / "classify", device / "artifact" / "student.onnx", photo],

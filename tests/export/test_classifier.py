@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,6 +54,46 @@ def test_run_artifact_and_file_predict_alike(run: Path, tmp_path: Path) -> None:
         answers = Classifier.load(path, threads=1).predict(sources)
         assert [answer.label for answer in answers] == ["green"] * 3
         assert len(answers[0].top) == 3  # no more than there are classes
+
+
+def test_one_image_of_any_kind_gives_one_prediction(run: Path, tmp_path: Path) -> None:
+    classifier, file = Classifier.load(run, threads=1), tmp_path / "green.png"
+    picture = Image.fromarray(plain(10, 250, 30))
+    picture.save(file)
+    for image in (file, str(file), file.read_bytes(), picture, plain(10, 250, 30)):
+        for images in (image, [image]):
+            [prediction] = classifier.predict(images)
+            assert prediction.label == "green"
+    frame = plain(10, 250, 200)
+    assert classifier.predict(frame[:, :, ::-1])[0].top == classifier.predict(frame[..., ::-1].copy())[0].top
+    assert len(classifier.predict(np.stack([frame, frame]))) == 2
+
+
+def test_pil_image_is_shown_upright_on_white(run: Path) -> None:
+    picture = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
+    picture.getexif()[0x0112] = 6
+    pixels = Classifier.load(run, threads=1).decode(picture)
+    assert pixels.shape == (3, 2, 3) and (pixels == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((4, 4, 3)), r"got an array of float64 \[4, 4, 3\]"),
+        ([np.zeros((4, 4), np.uint8)], r"got an array of uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 4), np.uint8), r"got an array of uint8 \[4, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"got an array of uint8 \[0, 4, 3\]"),
+        (np.zeros(0), r"got an array of float64 \[0\]"),
+        (Image.new("RGB", (0, 3)), "got a PIL image of 0 × 3 pixels"),
+        ([[[255, 0, 0]]], "got list"),
+        ([5], "got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_anything_but_images_is_refused_in_one_sentence(run: Path, images: Any, message: str) -> None:
+    expected = r"an image must be a path, the bytes of a file, a PIL image or a uint8 array \[H, W, 3\], "
+    with pytest.raises((TypeError, ValueError), match=f"^{expected}{message}$"):
+        Classifier.load(run, threads=1).predict(images)
 
 
 def test_images_are_predicted_in_order_and_in_batches(run: Path) -> None:
