@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .runtime import (
+    CPU,
     MAX_THREADS,
     ArtifactError,
     Classifier,
@@ -225,6 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threads", type=_thread_count, help="number of threads [default: allowed cores, at most 4]"
     )
     parser.add_argument(
+        "--provider", default=CPU, metavar="NAME", help=f"onnxruntime's execution provider [default: {CPU}]"
+    )
+    parser.add_argument(
         "--artifact",
         type=Path,
         default=Path(__file__).resolve().parent,
@@ -232,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        model = open_model(options.artifact, file=options.file, threads=options.threads)
+        model = open_model(
+            options.artifact, file=options.file, threads=options.threads, providers=options.provider
+        )
         top, min_score, draw = options.top, options.min_score, options.draw
         if (reason := explain_unsuited(model, options.images, top, min_score, draw)) is not None:
             parser.error(reason)

@@ -704,6 +704,8 @@ def detect_target() -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Running a model
 
+CPU = "CPUExecutionProvider"
+
 
 def open_session(
     model: str | Path | bytes,
@@ -712,13 +714,22 @@ def open_session(
     fuse: bool = True,
     optimized: str | Path | None = None,
     name: str = "a model given as bytes",
+    providers: str | Sequence[str] = CPU,
 ) -> ort.InferenceSession:
     """Open a model file with the options used everywhere: for validation, the bench and on the device.
 
     Without `fuse`, an int8 model computes in float between quantizing and dequantizing, without the
     processor's integer kernels. `optimized` is a file to write the optimized graph to, `name` that of a model
-    given as bytes in errors. Raises ArtifactError if onnxruntime cannot load the model.
+    given as bytes in errors. `providers` are names of onnxruntime's execution providers in order of
+    preference; the CPU runs what they do not support. Raises ArtifactError if onnxruntime cannot load the
+    model, or lacks a provider.
     """
+    providers, available = [providers] if isinstance(providers, str) else list(providers), _providers()
+    for provider in providers:
+        if provider not in available:
+            raise ArtifactError(
+                f"onnxruntime has no provider {provider!r}. Available: {', '.join(available)}"
+            )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -735,16 +746,26 @@ def open_session(
     options.add_session_config_entry("session.load_model_format", "ONNX")
     name = name if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=["CPUExecutionProvider"],
+            providers=providers,
             # It pads with zeros before a max-pool that would ignore padding: BiT's outputs are 3 % off.
             disabled_optimizers=["Pad_Fusion"],
         )
     except Exception as error:  # onnxruntime's exceptions have no common public class
         reason = " ".join(str(error).split())
         raise ArtifactError(f"onnxruntime cannot load {name}: {reason}") from error
+    for provider in providers:  # without its libraries or device, onnxruntime continues without it
+        if provider not in session.get_providers():
+            raise ArtifactError(f"onnxruntime cannot start {provider}. Check its driver and libraries")
+    return session
+
+
+def _providers() -> list[str]:
+    """Return the names of the execution providers of the installed onnxruntime."""
+    names: list[str] = ort.get_available_providers()
+    return names
 
 
 # The parts of ONNX's messages that lead to tensors, as {field number: message}
@@ -830,6 +851,7 @@ class Model:
         name: str,
         *,
         threads: int | None = None,
+        providers: str | Sequence[str] = CPU,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
@@ -840,7 +862,9 @@ class Model:
         """
         self.name = name
         self.threads = check_threads(threads)
-        self.session = _open_checked(model, name, self.threads) if isinstance(model, bytes) else model
+        if isinstance(model, bytes):
+            model = _open_checked(model, name, self.threads, providers)
+        self.session = model
         self._complete = bool(preprocessing and labels)
         """True if the metadata of the file is not required."""
         self._own = _read_metadata(self.session, name, required=not self._complete)
@@ -865,9 +889,10 @@ class Model:
         file: str | None = None,
         threads: int | None = None,
         precision: str = "int8",
+        providers: str | Sequence[str] = CPU,
     ) -> Self:
         """Load a model as `open_model` does. Raises ArtifactError, also if it is of the other class."""
-        model = open_model(path, file=file, threads=threads, precision=precision)
+        model = open_model(path, file=file, threads=threads, precision=precision, providers=providers)
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise ArtifactError(f"{model.name} is a {kind.lower()}, use {kind}")
@@ -927,34 +952,47 @@ class Model:
 
 
 def open_model(
-    path: str | Path, *, file: str | None = None, threads: int | None = None, precision: str = "int8"
+    path: str | Path,
+    *,
+    file: str | None = None,
+    threads: int | None = None,
+    precision: str = "int8",
+    providers: str | Sequence[str] = CPU,
 ) -> Classifier | Detector:
     """Load a model from a run folder, an artifact folder, or an .onnx file.
 
     In a folder, `file` is the name of the model file, by default the first of `precision` ('int8' or 'fp32')
-    for this processor; its size and checksum are verified. Raises ArtifactError.
+    for this processor; its size and checksum are verified. `providers` are those of `open_session`. Raises
+    ArtifactError.
     """
     path, count = Path(path), check_threads(threads)
     if path.is_file():
-        return open_content(_read_file(path), path.name, threads=count)
+        return open_content(_read_file(path), path.name, threads=count, providers=providers)
     folder, manifest = read_manifest(path)
     entry = _choose_file(manifest["files"], folder, file, precision)
-    return open_content(read_verified(folder, entry), entry["name"], threads=count, manifest=manifest)
+    content = read_verified(folder, entry)
+    return open_content(content, entry["name"], threads=count, manifest=manifest, providers=providers)
 
 
 def open_content(
-    content: bytes, name: str, *, threads: int | None = None, manifest: Mapping[str, Any] | None = None
+    content: bytes,
+    name: str,
+    *,
+    threads: int | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    providers: str | Sequence[str] = CPU,
 ) -> Classifier | Detector:
     """Open the content of an ONNX file by its manifest, or its questpress metadata. Raises ArtifactError."""
     count = check_threads(threads)
     if manifest is None:
-        session = _open_checked(content, name, count)
+        session = _open_checked(content, name, count, providers)
         own = _read_metadata(session, name, required=True)
         is_detector = own is not None and own.decoder is not None
         return (Detector if is_detector else Classifier)(session, name, threads=count)
     about = Description.from_dict(manifest)
     shared: dict[str, Any] = {
         "threads": count,
+        "providers": providers,
         "preprocessing": about.preprocessing,
         "labels": about.labels,
     }
@@ -971,9 +1009,11 @@ def check_threads(threads: int | None) -> int:
     return count
 
 
-def _open_checked(model: bytes, name: str, threads: int) -> ort.InferenceSession:
+def _open_checked(
+    model: bytes, name: str, threads: int, providers: str | Sequence[str]
+) -> ort.InferenceSession:
     refuse_external_data(model, name)
-    return open_session(model, threads, name=name)
+    return open_session(model, threads, name=name, providers=providers)
 
 
 @dataclass(frozen=True)
@@ -999,6 +1039,7 @@ class Classifier(Model):
         name: str,
         *,
         threads: int | None = None,
+        providers: str | Sequence[str] = CPU,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] | None = None,
         thresholds: Sequence[float] | None = None,
@@ -1007,7 +1048,9 @@ class Classifier(Model):
 
         Raises ArtifactError, also if it is not an image classifier.
         """
-        super().__init__(model, name, threads=threads, preprocessing=preprocessing, labels=labels)
+        super().__init__(
+            model, name, threads=threads, providers=providers, preprocessing=preprocessing, labels=labels
+        )
         if self._own is not None:
             if self._own.decoder is not None:
                 raise ArtifactError(f"{name} is a detector, use Detector")
@@ -1279,6 +1322,7 @@ class Detector(Model):
         name: str,
         *,
         threads: int | None = None,
+        providers: str | Sequence[str] = CPU,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] | None = None,
         decoder: Decoder | None = None,
@@ -1287,7 +1331,9 @@ class Detector(Model):
 
         Raises ArtifactError, also if it is not a detector.
         """
-        super().__init__(model, name, threads=threads, preprocessing=preprocessing, labels=labels)
+        super().__init__(
+            model, name, threads=threads, providers=providers, preprocessing=preprocessing, labels=labels
+        )
         decoder = decoder or (None if self._own is None else self._own.decoder)
         shapes = {output.name: output.shape for output in self.session.get_outputs()}
         if decoder is None or not decoder.outputs(0).keys() <= shapes.keys():

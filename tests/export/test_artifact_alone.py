@@ -123,6 +123,7 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
         (["nowhere.jpg"], 1, "cannot read nowhere.jpg: No such file or directory"),
         (["photos/notes.txt"], 1, "cannot read photos/notes.txt: not an image"),
         (["bare"], 1, "bare contains no images"),
+        (["--provider", "NPU", "photos"], 1, "onnxruntime has no provider 'NPU'. Available: "),
         (["--file", "best.onnx", "photos"], 1, "contains no best.onnx"),
         (["--artifact", "photos", "photos"], 1, "photos contains no manifest.json"),
         (["--threads", "0", "photos"], 2, "must be a positive integer, got '0'"),

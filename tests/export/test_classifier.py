@@ -112,6 +112,22 @@ def test_precision_and_file_choose_among_the_manifests_files(run: Path) -> None:
             Classifier.load(run, file=wrong)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_missing_providers_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (run, run / "artifact" / "student.onnx"):
+        assert Classifier.load(path, providers=["CPUExecutionProvider"]).session.get_providers() == [
+            runtime.CPU
+        ]
+        with pytest.raises(
+            ArtifactError, match=r"has no provider 'NoProvider'\. Available: .*CPUExecutionProvider"
+        ):
+            Classifier.load(path, providers=["NoProvider", runtime.CPU])
+    # ONNX Runtime lists a provider whose libraries are missing, and continues without it.
+    monkeypatch.setattr(runtime, "_providers", lambda: ["CUDAExecutionProvider", runtime.CPU])
+    with pytest.raises(ArtifactError, match="cannot start CUDAExecutionProvider"):
+        Classifier.load(run, providers="CUDAExecutionProvider")
+
+
 def test_damaged_file_is_refused(run: Path) -> None:
     path = run / "artifact" / "student.int8.onnx"
     content = path.read_bytes()
