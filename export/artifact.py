@@ -25,7 +25,8 @@
     origin           teachers and student with their licenses, method, data, and the temperature folded into
                      the model, if any; any JSON
     versions         versions of the tools that wrote the files
-    files            for each file:
+    self_test        name, bytes, sha256 of `self_test.SELF_TEST`
+    files            for each model file:
         name             name in the folder
         precision        "fp32" or "int8"
         target           processor family, null for any
@@ -44,6 +45,8 @@ prediction depends on them, and the README is rewritten as results become availa
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -53,10 +56,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import runtime
 from .conversion.onnx_export import OnnxFile
+from .device import self_test
+from .device.sample_images import draw_images
 from .errors import ExportError
 from .files import write_bytes
+from .int8.targets import is_exact_here
 
 PREDICT = "predict.py"
 
@@ -125,17 +133,44 @@ def write_manifest(
     }
     path = folder / runtime.MANIFEST
     try:
-        for entry in manifest["files"]:
-            runtime.read_verified(folder, entry)
+        test = _build_self_test(folder, manifest)
+        sha256 = hashlib.sha256(test).hexdigest()
+        manifest["self_test"] = {"name": self_test.SELF_TEST, "bytes": len(test), "sha256": sha256}
         # Of the content as a reader gets it: JSON has no tuples.
         manifest["checksum"] = runtime.compute_checksum(json.loads(json.dumps(manifest)))
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        write_bytes(folder / self_test.SELF_TEST, test)
         write_bytes(path, f"{text}\n".encode())
     except runtime.ArtifactError as error:
         raise ExportError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise ExportError(f"{path} cannot be written as JSON: {error}") from error
     return path
+
+
+def _build_self_test(folder: Path, manifest: Mapping[str, Any]) -> bytes:
+    """Verify and run every model file; return the content of the self-test."""
+    preprocessing = runtime.Preprocessing.from_dict(manifest["preprocessing"])
+    images = draw_images(max(runtime.height_width(preprocessing.size)))
+    pixels = self_test.render_images(images, preprocessing)
+    files = {}
+    for entry in manifest["files"]:
+        content, name = runtime.read_verified(folder, entry), entry["name"]
+        model = runtime.open_content(content, name, manifest=manifest)
+        if entry["target"] is not None and not is_exact_here(entry["target"]):
+            model.session = runtime.open_session(content, model.threads, fuse=False, name=name)
+        outputs = self_test.sample_outputs(model, pixels)
+        files[name] = {output: _round(values) for output, values in outputs.items()}
+    test = {
+        "images": [base64.b64encode(image).decode() for image in images],
+        "pixels": [self_test.sample(image).astype(int).tolist() for image in pixels],
+        "files": files,
+    }
+    return json.dumps(test, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _round(values: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.6g}") for value in row] for row in values]
 
 
 def tool_versions() -> dict[str, str]:
@@ -194,7 +229,7 @@ def predict_py() -> str:
     """Return the text of predict.py: the runtime, and the command line; the same in every artifact."""
     before, after = _read_source("runtime.py").split(_FUTURE, 1)
     line = "# " + "-" * 105
-    command = f"{_strip_module('text.py')}\n\n{_strip_module('predict_cli.py')}"
+    command = "\n\n".join(map(_strip_module, ("text.py", "device/self_test.py", "predict_cli.py")))
     return f"{_USAGE}{before}{_FUTURE}{_CHECK_PACKAGES}{after}\n\n{line}\n# Command line\n\n{command}{_RUN}"
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .device.self_test import run_self_test
 from .runtime import (
     CPU,
     MAX_THREADS,
@@ -214,12 +215,15 @@ def _fraction(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if an image or the model cannot be read, otherwise 0."""
     parser = _Parser(description="Apply the model of an artifact folder to images.")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file or folder")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image file or folder")
     parser.add_argument("--top", type=_positive_integer, help=f"number of labels per image [default: {TOP}]")
     parser.add_argument(
         "--min-score", type=_fraction, help=f"smallest score of a detected object [default: {MIN_SCORE}]"
     )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="write the image with its objects' boxes")
+    parser.add_argument(
+        "--self-test", action="store_true", help="compare this machine's outputs with those at export"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
     parser.add_argument(
@@ -235,7 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="artifact folder [default: the folder of this file]",
     )
     options = parser.parse_args(arguments)
+    if bool(options.images) == options.self_test:
+        parser.error("--self-test takes no images" if options.images else "an image or folder is required")
     try:
+        if options.self_test:
+            cause = run_self_test(options.artifact, options.threads, options.provider)
+            if cause is not None:
+                _print_error(f"this machine's outputs differ from those at export: {cause}")
+            return int(cause is not None)
         model = open_model(
             options.artifact, file=options.file, threads=options.threads, providers=options.provider
         )

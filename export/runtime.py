@@ -701,6 +701,12 @@ def detect_target() -> str:
     return "x86" if {"avx512_vnni", "avx_vnni"}.isdisjoint(int8_flags()) else "x86-vnni"
 
 
+def runnable_targets() -> tuple[str | None, ...]:
+    """Return the targets whose files this processor computes exactly, the best one first."""
+    target = detect_target()
+    return (target, "x86", None) if target == "x86-vnni" else (target, None)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Running a model
 
@@ -929,8 +935,8 @@ class Model:
         """Convert the logits that `infer` returns to probabilities; those of detections are some already."""
         return outputs
 
-    def _run(self, batch: np.ndarray, names: list[str] | None = None) -> list[np.ndarray]:
-        """Return the outputs of these names, by default all, for at least one image."""
+    def run(self, batch: np.ndarray, names: list[str] | None = None) -> list[np.ndarray]:
+        """Return the model's outputs of these names, by default all, for at least one image of `to_input`."""
         if self.takes_pixels and batch.dtype != np.uint8:
             raise ValueError(f"{self.name} takes pixels, uint8 [B, H, W, 3], got {batch.dtype}")
         batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
@@ -1072,7 +1078,7 @@ class Classifier(Model):
         """
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        logits = self._run(batch)[0]
+        logits = self.run(batch)[0]
         shape, expected = getattr(logits, "shape", None), (len(batch), len(self.labels))
         if shape != expected:
             raise ArtifactError(f"{self.name} must return logits of shape {expected}, got {shape}")
@@ -1358,7 +1364,7 @@ class Detector(Model):
         if len(batch) == 0:
             return detections
         expected_columns = self.decoder.outputs(len(self.labels))
-        outputs = self._run(batch, list(expected_columns))
+        outputs = self.run(batch, list(expected_columns))
         for output, columns in zip(outputs, expected_columns.values()):
             shape, expected = output.shape, (len(batch), self.decoder.count, columns)
             if shape != expected or output.dtype != np.float32:
@@ -1540,15 +1546,23 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
                 "again, or export the run again"
             )
         Description.from_dict(manifest)
+        if "self_test" in manifest:
+            _check_entry(manifest["self_test"])
         for entry in manifest["files"]:
-            if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
-                raise ValueError(f"invalid file name {entry['name']!r}")
-            int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
+            _check_entry(entry)
+            str(entry["precision"])
             if not isinstance(entry.setdefault("target", None), (str, type(None))):
                 raise ValueError(f"invalid target {entry['target']!r}")
     except _INVALID_JSON as error:
         raise ArtifactError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise ValueError, KeyError or TypeError if a file's entry is invalid or of another folder."""
+    if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
+        raise ValueError(f"invalid file name {entry['name']!r}")
+    int(entry["bytes"]), str(entry["sha256"])
 
 
 def compute_checksum(manifest: Mapping[str, Any]) -> str:
@@ -1603,9 +1617,7 @@ def _choose_file(
 
     If all int8 files are for other processors, the fp32 file is used.
     """
-    machine = detect_target()
-    targets = (machine, "x86", None) if machine == "x86-vnni" else (machine, None)
-    for target in targets:
+    for target in runnable_targets():
         for entry in files:
             matches = entry["precision"] == precision and entry["target"] == target
             if entry["name"] == name or (name is None and matches):

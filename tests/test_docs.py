@@ -30,7 +30,7 @@ SOURCES = [
 ]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 OTHER_TOOLS = {
-    "--artifact",  # predict.py
+    *("--artifact", "--self-test", "--provider", "--bench"),  # predict.py
     "--backend-store-uri",  # mlflow
     "--body-file",  # gh
     "--force-reinstall",  # pip

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
 from ...export.conversion.onnx_export import describe
+from ...export.device.self_test import SELF_TEST
 from ...export.int8.quantizer import read_recipe
 from ...export.int8.targets import is_exact_here
 from ...export.runtime import Model, open_content
@@ -81,7 +82,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         {"test_score": target_scores[target].model_dump(exclude_none=True)} if target in int8 else {}
         for target in context.options.target
     ]
-    outputs = [MANIFEST.as_posix()]
+    outputs = [MANIFEST.as_posix(), (ARTIFACT / SELF_TEST).as_posix()]
     if scores["student"].correct is not None:
         artifacts.write_predictions(folder / artifacts.PREDICTIONS_FILE, decoded.keys.numpy(), labels, logits)
         outputs.append(artifacts.PREDICTIONS_FILE)

@@ -26,7 +26,7 @@ SECRETS = {
 }
 PLACES = ("home", "data", "out", "cache", "cwd", "temporary")
 NODE = "zq7nodezq7"
-SHIPPED = {"student.onnx", "student.int8.onnx", "manifest.json", "README.md", "predict.py"}
+SHIPPED = {"student.onnx", "student.int8.onnx", "manifest.json", "selftest.json", "README.md", "predict.py"}
 
 
 def place(root: Path, name: str) -> Path:

@@ -34,6 +34,7 @@ def test_run_folder_has_the_documented_files(finished):
         "artifact/student.onnx",
         "artifact/student.int8.onnx",
         "artifact/manifest.json",
+        "artifact/selftest.json",
         "artifact/README.md",
         "artifact/predict.py",
     }

@@ -129,7 +129,8 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
         (["--threads", "0", "photos"], 2, "must be a positive integer, got '0'"),
         (["--threads", "9" * 20, "photos"], 2, "must be at most 1024"),
         (["--tpo", "3", "photos"], 2, "unrecognized arguments: --tpo"),
-        ([], 2, "the following arguments are required: IMAGE"),
+        ([], 2, "an image or folder is required"),
+        (["--self-test", "photos"], 2, "--self-test takes no images"),
     ],
 )
 def test_errors_of_predict_py_are_one_line(device: Path, arguments: list[str], code: int, said: str) -> None:
@@ -182,10 +183,11 @@ def test_every_predict_command_of_the_readme_runs(device: Path) -> None:
     lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
     asked = [line for line in lines if line.startswith("python predict.py")]
     others = {line.split()[0] for line in lines if line not in asked}
-    assert len(asked) == 2 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
+    assert len(asked) == 3 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
     for line in asked:
         done = bare(device, *line.split()[1:], folder=device / "artifact")
-        assert done.returncode == 0 and done.stdout.startswith("photo.jpg: ")
+        expected = "preprocessing: ok, " if line.endswith("--self-test") else "photo.jpg: "
+        assert done.returncode == 0 and done.stdout.startswith(expected)
 
 
 HOME = Path(os.environ.get("ONNXRUNTIME_HOME", "/nowhere"))

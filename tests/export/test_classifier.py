@@ -220,6 +220,7 @@ def test_manifest_refuses_private_paths_and_damage(run: Path) -> None:
     assert (folder / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == [
         "manifest.json",
+        "selftest.json",
         "student.int8.onnx",
         "student.onnx",
     ]
