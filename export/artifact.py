@@ -225,11 +225,16 @@ if __name__ == "__main__":
 """
 
 
+_PARTS = (
+    "text.py", "device/self_test.py", "device/machine.py", "device/bench.py", "predict_cli.py",
+)  # fmt: skip
+
+
 def predict_py() -> str:
     """Return the text of predict.py: the runtime, and the command line; the same in every artifact."""
     before, after = _read_source("runtime.py").split(_FUTURE, 1)
     line = "# " + "-" * 105
-    command = "\n\n".join(map(_strip_module, ("text.py", "device/self_test.py", "predict_cli.py")))
+    command = "\n\n".join(map(_strip_module, _PARTS))
     return f"{_USAGE}{before}{_FUTURE}{_CHECK_PACKAGES}{after}\n\n{line}\n# Command line\n\n{command}{_RUN}"
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .device.bench import SECONDS, format_bench, run_bench, write_bench
 from .device.self_test import run_self_test
 from .runtime import (
     CPU,
@@ -202,6 +203,16 @@ def _thread_count(text: str) -> int:
     return count
 
 
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text!r}")
+    return value
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -210,6 +221,37 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
     return value
+
+
+def _explain_conflict(options: argparse.Namespace) -> str | None:
+    """Return why the options cannot be used together; None if they can."""
+    if options.self_test and options.bench:
+        return "--self-test and --bench cannot be used together"
+    if options.self_test and options.images:
+        return "--self-test takes no images"
+    if not (options.self_test or options.bench or options.images):
+        return "an image or folder is required"
+    for name, value in (("--seconds", options.seconds), ("--out", options.out)):
+        if value is not None and not options.bench:
+            return f"{name} requires --bench"
+    return None
+
+
+def _bench(options: argparse.Namespace) -> None:
+    """Run the bench and print its table. Raises ArtifactError and ImageError."""
+    bench = run_bench(
+        options.artifact,
+        file=options.file,
+        threads=options.threads,
+        provider=options.provider,
+        images=[
+            file for path in options.images for file in (_find_images(path) if path.is_dir() else [path])
+        ],
+        seconds=options.seconds or SECONDS,
+    )
+    path = write_bench(bench, options.out or Path())
+    print(escape_controls(format_bench(bench), keep="\n"))
+    print(f"Written to {_name(path)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,6 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", type=Path, metavar="FILE", help="write the image with its objects' boxes")
     parser.add_argument(
         "--self-test", action="store_true", help="compare this machine's outputs with those at export"
+    )
+    parser.add_argument(
+        "--bench", action="store_true", help="time the model files, from synthetic photos or these images"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive_number, help=f"for each file and thread count [default: {SECONDS:g}]"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of bench.DEVICE.json [default: the current folder]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
@@ -239,14 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="artifact folder [default: the folder of this file]",
     )
     options = parser.parse_args(arguments)
-    if bool(options.images) == options.self_test:
-        parser.error("--self-test takes no images" if options.images else "an image or folder is required")
+    if (reason := _explain_conflict(options)) is not None:
+        parser.error(reason)
     try:
         if options.self_test:
             cause = run_self_test(options.artifact, options.threads, options.provider)
             if cause is not None:
                 _print_error(f"this machine's outputs differ from those at export: {cause}")
             return int(cause is not None)
+        if options.bench:
+            _bench(options)
+            return 0
         model = open_model(
             options.artifact, file=options.file, threads=options.threads, providers=options.provider
         )

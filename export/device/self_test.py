@@ -56,7 +56,7 @@ def sample(values: np.ndarray) -> np.ndarray:
     return flat[np.linspace(0, len(flat) - 1, min(len(flat), MAX_SAMPLES)).round().astype(int)]
 
 
-def render_images(images: Sequence[bytes], p: Preprocessing) -> np.ndarray:
+def render_images(images: Sequence[str | Path | bytes], p: Preprocessing) -> np.ndarray:
     """Return rendered images, uint8 [images, H, W, 3]."""
     return np.stack([render(decode_image(image, gray_bits=p.gray_bits), p) for image in images])
 

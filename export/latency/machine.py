@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from .. import runtime
+from ..device.machine import processor_name
 from ..errors import ExportError
 
 
@@ -31,24 +31,13 @@ class Environment:
 def environment() -> Environment:
     """Describe this machine."""
     return Environment(
-        cpu=_cpu_name() or platform.processor() or platform.machine(),
+        cpu=processor_name(),
         machine=f"{platform.system()} {platform.machine()}",
         flags=runtime.int8_flags(),
         cores=runtime.allowed_cores(),
         onnxruntime=ort.__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
-
-
-def _cpu_name() -> str:
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return ""
 
 
 _SYSTEM = Path("/sys/devices/system/cpu")

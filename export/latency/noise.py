@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import runtime
+from ..device.bench import compute_drift
 from ..results import Flag
 from .statistics import Samples
 
@@ -222,22 +223,6 @@ def check_samples(samples: Sequence[Samples], readings: np.ndarray, threads: int
         sentence = f"The warm-up of {', '.join(unsettled)} did not settle within 2 %."
         flags.append(Flag(name="unsettled", threads=threads, sentence=sentence))
     return flags
-
-
-def compute_drift(medians: np.ndarray) -> float:
-    """Return by how much the last third of the rounds is slower than the first, relative.
-
-    0 if the difference is not significant.
-    """
-    third = len(medians) // 3
-    if third < 2:
-        return 0.0
-    logs = np.log(medians)
-    first, last = logs[:third], logs[-third:]
-    change = float(np.median(last) - np.median(first))
-    # Standard error of the difference of two medians of independent rounds.
-    error = 1.2533 * float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / third))
-    return float(np.expm1(change)) if abs(change) > 3 * error else 0.0
 
 
 def _raise_flags(findings: Mapping[str, tuple[float, str]], threads: int) -> list[Flag]:

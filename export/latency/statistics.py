@@ -14,14 +14,10 @@ from functools import cached_property
 
 import numpy as np
 
+from ..device.bench import MIN_SAMPLES
 from ..results import Latency, Percentile, Speedup
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
-
-MIN_SAMPLES = {"p50": 11, "p90": 64, "p95": 130, "p99": 662, "p99_9": 6636}
-"""A percentile of fewer samples is not reported. From these numbers on, the probability that at most one
-sample is above the percentile is below 1 % (the rule of MLPerf's load generator).
-"""
 
 CONFIDENCE_LEVEL = 0.95
 

@@ -1,6 +1,5 @@
 """The complete bench, for a run's stage and for `compress bench`, and the inputs that files are timed on."""
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ...export.device.bench import PHOTOS, describe_photos, synthesize_photos
 from ...export.latency import extras, noise, runner
 from ...export.latency.machine import SESSION_OPTIONS, choose_cores
 from ...export.latency.runner import BenchResult, worker_command
@@ -218,24 +217,9 @@ def read_images(files: Sequence[Path]) -> list[bytes]:
     return contents
 
 
-def synthesize_images(seed: int, count: int = 8) -> Images:
-    """Make JPEG images of quality 90 that take about as long to decode as photos, the same for the same seed.
-
-    They are a sum of noise at several scales, each half as coarse as the one before and .6 times as strong.
-    """
-    width, height, contents = 1024, 768, []
-    for number in range(count):
-        rng = np.random.default_rng([seed, number])
-        image, strength = np.zeros((height, width, 3)), 1.0
-        for scale in (256, 128, 64, 32, 16, 8, 4, 2):
-            coarse = rng.integers(0, 256, (height // scale + 1, width // scale + 1, 3), dtype=np.uint8)
-            smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-            image += strength * (np.asarray(smooth, dtype=np.float64) - 128)
-            strength *= 0.6
-        file = io.BytesIO()
-        Image.fromarray((128 + image).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        contents.append(file.getvalue())
-    return Images(contents, f"{count} synthetic photos, JPEG, {width} × {height} pixels")
+def synthesize_images(seed: int, count: int = PHOTOS) -> Images:
+    """Make images that take about as long to decode as photos, the same for the same seed."""
+    return Images(synthesize_photos(seed, count), describe_photos(count))
 
 
 def render_inputs(model: Model, images: Sequence[bytes]) -> np.ndarray:

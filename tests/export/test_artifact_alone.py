@@ -131,6 +131,11 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
         (["--tpo", "3", "photos"], 2, "unrecognized arguments: --tpo"),
         ([], 2, "an image or folder is required"),
         (["--self-test", "photos"], 2, "--self-test takes no images"),
+        (["--self-test", "--bench"], 2, "--self-test and --bench cannot be used together"),
+        (["--out", "results", "photos"], 2, "--out requires --bench"),
+        (["--bench", "--seconds", "0"], 2, "--seconds: must be greater than 0, got '0'"),
+        (["--bench", "--file", "best.onnx"], 1, "contains no best.onnx, it has student.int8.onnx"),
+        (["--bench", "photos/notes.txt"], 1, "cannot read photos/notes.txt: not an image"),
     ],
 )
 def test_errors_of_predict_py_are_one_line(device: Path, arguments: list[str], code: int, said: str) -> None:
@@ -183,11 +188,15 @@ def test_every_predict_command_of_the_readme_runs(device: Path) -> None:
     lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
     asked = [line for line in lines if line.startswith("python predict.py")]
     others = {line.split()[0] for line in lines if line not in asked}
-    assert len(asked) == 3 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
+    assert len(asked) == 4 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
     for line in asked:
-        done = bare(device, *line.split()[1:], folder=device / "artifact")
-        expected = "preprocessing: ok, " if line.endswith("--self-test") else "photo.jpg: "
-        assert done.returncode == 0 and done.stdout.startswith(expected)
+        is_bench = line.endswith("--bench")
+        quick = ["--seconds", "0.02", "--out", str(device / "results")] if is_bench else []
+        done = bare(device, *line.split()[1:], *quick, folder=device / "artifact")
+        start = "Written to" if is_bench else "preprocessing: ok, " if "self-test" in line else "photo.jpg: "
+        assert done.returncode == 0 and re.search(f"^{start}", done.stdout, re.M), done.stderr
+    [results] = (device / "results").iterdir()
+    assert json.loads(results.read_text("utf-8"))["results"][0]["name"] == "student.int8.onnx"
 
 
 HOME = Path(os.environ.get("ONNXRUNTIME_HOME", "/nowhere"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from questpress.export import predict_cli, runtime, text
 from questpress.export.artifact import predict_py, write_predict
-from questpress.export.device import self_test
+from questpress.export.device import bench, machine, self_test
 
 
 def names(source: str) -> list[str]:
@@ -12,7 +12,7 @@ def names(source: str) -> list[str]:
 
 
 def test_predict_py_is_the_runtime_and_the_command() -> None:
-    modules = (runtime, text, self_test, predict_cli)
+    modules = (runtime, text, self_test, machine, bench, predict_cli)
     ours = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
     made = names(predict_py())
     assert made == [name for source in ours for name in names(source)]
