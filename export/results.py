@@ -187,6 +187,61 @@ class Throughput(Result):
     high: float
 
 
+class Device(Result):
+    """A device on which `predict.py --bench` ran."""
+
+    processor: str = Field(min_length=1, max_length=200)
+    """The board if it does not name its processor."""
+    machine: str = Field(max_length=50)
+    flags: list[str]
+    """Instruction sets for int8."""
+    cores: int
+    memory_bytes: int | None
+    system: str = Field(max_length=200)
+
+
+class DeviceTiming(Result):
+    """Times of one file of the artifact at one thread count, milliseconds."""
+
+    name: str
+    sha256: str
+    bytes: int
+    precision: str
+    target: str | None
+    threads: int
+    n: int
+    """Number of samples."""
+    latency_ms: dict[Literal["p50", "p90"], Percentile]
+    processor_ms: float
+    """Mean processor time of a run, the sum of all threads."""
+    load_ms: float
+    """Opening the file and its first run."""
+    end_to_end_ms: dict[Literal["p50", "p90"], Percentile]
+    """From an image file to a prediction."""
+
+
+class DeviceFlag(Result):
+    """A disturbance of one file's times."""
+
+    name: str
+    file: str
+    threads: int
+    sentence: str
+
+
+class DeviceBench(Result):
+    """The content of `bench.DEVICE.json`, which `predict.py --bench` writes."""
+
+    bench_version: Literal[1]
+    device: Device
+    versions: dict[str, str]
+    provider: str
+    seconds: float
+    images: str
+    results: list[DeviceTiming]
+    flags: list[DeviceFlag]
+
+
 class Verdict(Result):
     """The accuracy of a candidate's file compared with the fp32 file."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ...export.text import encodable_json
 from ..config.limits import MAX_THREADS
@@ -235,13 +236,23 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     "--out", type=PATH, help="output folder [default: bench/ in a single run folder, or bench-results/]"
 )
 @click.option("--strict", is_flag=True, help="exit with code 1 if the measurement was disturbed")
+@click.option(
+    "--add",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="measure nothing, and add a bench.DEVICE.json of predict.py --bench to the run; can be repeated",
+)
 @json_option
 @quiet_option
+@click.pass_context
 def bench(
+    context: click.Context,
     paths: tuple[Path, ...],
     threads: str | None,
     out: Path | None,
     strict: bool,
+    add: tuple[Path, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -250,9 +261,19 @@ def bench(
     PATHS are run folders, artifact folders and .onnx files, which are measured together in interleaved
     rounds. The report of a single run folder is updated.
     """
-    from ..api.bench import bench, results_folder
-    from ..report.terminal import show_bench
+    from ..api.bench import add_devices, bench, results_folder
+    from ..report.terminal import show_bench, show_devices
 
+    if add:
+        if len(paths) != 1:
+            fail(f"--add requires one run folder, got {len(paths)} paths.", 2)
+        for name in set(context.params) - {"paths", "add", "as_json", "quiet"}:
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                option = "--runtime" if name == "runtimes" else f"--{name.replace('_', '-')}"
+                fail(f"--add measures nothing, so {option} cannot be used with it.", 2)
+        report = exit_on_error(lambda: add_devices(paths[0], add))
+        _print(report, lambda added: show_devices(added, paths[0]), as_json=as_json)
+        return
     result = exit_on_error(
         lambda: bench(
             paths,

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...export.artifact import tool_versions
+from ...export.results import DeviceBench
+from ...export.runtime import read_manifest
 from ...export.text import escape_controls
 from .. import methods
 from ..config import recipes
@@ -15,10 +17,12 @@ from ..config.stages import get_kind, get_round
 from ..errors import JobError, UsageError
 from ..methods.feed import RECONSTRUCTION
 from ..runs.folder import ARTIFACT, RunFolder
-from ..runs.record import read_checked, with_checksum
+from ..runs.record import read_checked, read_json, with_checksum
 from ..runs.results import Bench, Epoch, Reconstruction, Report, StageTime
 from . import format
 
+DEVICE_BENCHES = "bench/bench.*.json"
+"""Results of ``predict.py --bench`` that ``compress bench RUN --add`` copied into a run folder."""
 LATER_BENCH = Path("bench/bench.json")
 """The result of `compress bench RUN` in a run folder. The run's own bench removes it."""
 
@@ -77,6 +81,7 @@ def _assemble(folder: RunFolder) -> Report:
         environment=environment,
         config={**config, "out": str(folder.path)},
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
+        devices=list(_read_devices(folder.path)) if "validate" in stages else [],
         **facts,
     )
     return make_writable(report)
@@ -138,6 +143,20 @@ def _read_later_bench(folder: Path) -> Bench | None:
         return Bench.model_validate(content)
     except ValidationError:
         return None
+
+
+def _read_devices(folder: Path) -> Iterable[DeviceBench]:
+    """Yield the benches on devices, without files that are no longer in the artifact."""
+    files = sorted(folder.glob(DEVICE_BENCHES))
+    hashes = {entry["sha256"] for entry in read_manifest(folder)[1]["files"]} if files else set()
+    for file in files:
+        try:
+            bench = DeviceBench.model_validate(read_json(file))
+        except (OSError, ValueError) as error:
+            raise JobError(f"{file} is damaged. Delete it, or add it again.") from error
+        results = [result for result in bench.results if result.sha256 in hashes]
+        if results:
+            yield bench.model_copy(update={"results": results})
 
 
 def _has_same_files(bench: Bench, facts: Mapping[str, Any]) -> bool:

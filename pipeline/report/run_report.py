@@ -149,6 +149,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         evaluation=_evaluation(report),
         latency=latency.percentiles(report.bench) if report.bench is not None else Table("Latency", [], []),
         speed=_speed(report),
+        devices=latency.devices(report.devices),
         preprocessing=preprocessing,
         is_uint8=is_uint8,
         arm_file=next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None),

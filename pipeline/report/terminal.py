@@ -117,6 +117,13 @@ def show_bench(bench: Bench, folder: Path | None = None, console: Console | None
     _print_path(console, "Results:", folder / "bench.json")
 
 
+def show_devices(report: Report, folder: Path, console: Console | None = None) -> None:
+    """Print the table of devices, and the path of the report in ``folder``."""
+    console = console or safe_console()
+    console.print(latency.devices(report.devices).to_rich(), "")
+    _print_path(console, "Report: ", folder / "report.html")
+
+
 SHOWN: dict[type, Callable[..., None]] = {
     Report: show_report,
     Validation: show_validation,

@@ -13,6 +13,7 @@ from ...export.results import (
     Candidate,
     ColdStart,
     Conditions,
+    DeviceBench,
     EndToEnd,
     Flag,
     FloatNode,
@@ -403,6 +404,8 @@ class Report(Result):
     recovery: Recovery | None = None
     bench: Bench | None = None
     """The complete bench; None before the bench stage."""
+    devices: list[DeviceBench] = []
+    """Benches of the artifact on devices, added by ``compress bench RUN --add``."""
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: Confusion | None = None

@@ -1,12 +1,13 @@
 """Latency in the report and the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 
 import numpy as np
 
-from ....export.results import ColdStart, Latency, Percentile
+from ....export.results import ColdStart, DeviceBench, Latency, Percentile
 from ...runs.results import Bench, Report
 from .. import charts, format
 from ..charts import Chart, Drawing, Position, Shape
@@ -28,7 +29,7 @@ def section(report: Report) -> Section:
     """Return an empty section before the bench."""
     bench = report.bench
     if bench is None:
-        return Section("Latency", "latency")
+        return Section("Latency", "latency", tables=[devices(report.devices)])
     flags = [f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}" for flag in bench.flags]
     return Section(
         "Latency",
@@ -36,7 +37,7 @@ def section(report: Report) -> Section:
         text=[" ".join(protocol(bench, repeat_command(bench, report)))],
         warnings=[*flags, *(f"{format.capitalize(note)}." for note in bench.notes)],
         figures=[histograms(bench, threads) for threads in bench.threads],
-        tables=[percentiles(bench), *other_tables(bench)],
+        tables=[percentiles(bench), devices(report.devices), *other_tables(bench)],
         folded=[conditions(bench), files(bench)],
         command=bench.command if bench.command != report.command else "",
     )
@@ -222,6 +223,34 @@ def throughput(bench: Bench) -> Table:
     ]
     note = f"Images per second, {format.threads(bench.throughput[0].threads)}." if rows else ""
     return Table("Throughput", ["", *(f"batch size {batch}" for batch in batches)], rows, note=note)
+
+
+def devices(benches: Sequence[DeviceBench]) -> Table:
+    """Return a row for each device, file and thread count."""
+    rows = [
+        [
+            bench.device.processor,
+            result.precision,
+            str(result.threads),
+            percentile(result.latency_ms.get("p50")),
+            percentile(result.end_to_end_ms.get("p50")),
+            _ms(result.processor_ms),
+            _ms(result.load_ms),
+        ]
+        for bench in benches
+        for result in bench.results
+    ]
+    notes = ["Median milliseconds with 95 % intervals, mean processor time of all threads."]
+    for bench in benches:
+        device, version = bench.device, bench.versions.get("onnxruntime", "")
+        memory = f"{format.significant(device.memory_bytes / 1e9)} GB, " if device.memory_bytes else ""
+        notes.append(
+            f"{device.processor}: {format.plural(device.cores, 'core')}, {memory}{device.system}, "
+            f"onnxruntime {version} ({bench.provider}), {bench.images}."
+        )
+        notes += [f"{format.threads(flag.threads)}: {flag.sentence}" for flag in bench.flags]
+    columns = ["device", "file", "threads", "p50", "from image file", "processor time", "load"]
+    return Table("Devices", columns, rows, note=" ".join(notes), left=2)
 
 
 def files(bench: Bench) -> Table:
