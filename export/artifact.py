@@ -38,8 +38,8 @@
                          interval), and more; null if not measured
     checksum         `runtime.compute_checksum` of the other fields
 
-The manifest contains no user name, host name or local path. `predict.py` and `README.md` are not listed: no
-prediction depends on them, and the README is rewritten as results become available.
+The manifest contains no user name, host name or local path. `predict.py`, `labels.txt` and `README.md` are
+not listed: no prediction depends on them, and the README is rewritten as results become available.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ from .device.sample_images import draw_images
 from .errors import ExportError
 from .files import write_bytes
 from .int8.targets import is_exact_here
+from .text import escape_controls
 
-PREDICT = "predict.py"
+PREDICT, LABELS = "predict.py", "labels.txt"
 
 _HOME = re.compile(r"~[^/\\]*[/\\]")
 _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
@@ -140,6 +141,7 @@ def write_manifest(
         manifest["checksum"] = runtime.compute_checksum(json.loads(json.dumps(manifest)))
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         write_bytes(folder / self_test.SELF_TEST, test)
+        write_bytes(folder / LABELS, "".join(f"{escape_controls(label)}\n" for label in labels).encode())
         write_bytes(path, f"{text}\n".encode())
     except runtime.ArtifactError as error:
         raise ExportError(str(error)) from error

@@ -1441,6 +1441,7 @@ def build_metadata(
         "version": str(SCHEMA_VERSION),
         "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
         "labels": json.dumps(list(labels), ensure_ascii=False),
+    `names`, `imgsz`, `task` and `stride` are for readers of other tools, in the form that Ultralytics writes.
         "origin": json.dumps(dict(origin), sort_keys=True, ensure_ascii=False),
     }
     if takes_pixels:
@@ -1448,13 +1449,25 @@ def build_metadata(
     if thresholds is not None:
         values = json.dumps([float(threshold) for threshold in thresholds])
         entries = {"task": MULTI_LABEL, "thresholds": values, **entries}
-    return {METADATA_PREFIX + key: value for key, value in entries.items()}
+    return {
+        **{METADATA_PREFIX + key: value for key, value in entries.items()},
+        "names": repr(dict(enumerate(labels))),
+        "imgsz": repr(list(height_width(preprocessing.size))),
+        "task": "classify",
+        "stride": "1",
+    }
 
 
 def decoder_metadata(decoder: Mapping[str, Any]) -> dict[str, str]:
     """Return the further entries of a detector's metadata, see `build_metadata`; `decoder` as JSON."""
-    about = {"task": DETECTION, "decoder": json.dumps(Decoder.from_dict(decoder).to_dict(), sort_keys=True)}
-    return {METADATA_PREFIX + key: value for key, value in about.items()}
+    parsed = Decoder.from_dict(decoder)
+    about = {"task": DETECTION, "decoder": json.dumps(parsed.to_dict(), sort_keys=True)}
+    stride = max((max(level.stride) for level in parsed.anchors), default=1.0)
+    return {
+        **{METADATA_PREFIX + key: value for key, value in about.items()},
+        "task": "detect",
+        "stride": str(round(stride)),
+    }
 
 
 _INVALID_JSON = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)

@@ -332,6 +332,7 @@ def write_int8(
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
+    metadata.pop("onnx.infer", None)  # written by onnxruntime's quantizer
     """Return the recipe in the metadata of an int8 file; None if it has none."""
     model = onnx.load(str(path), load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props}

@@ -128,6 +128,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
             std=[f"{value!r}f" for value in preprocessing.std],
             uint8=is_uint8,
             sigmoid=isinstance(task.likelihood, Sigmoid),
+            thresholds=manifest.get("thresholds"),
         )
     shipped, labels = networks.shipped_network(report), manifest["labels"]
     measured = shipped.subject.calibration if shipped is not None else None

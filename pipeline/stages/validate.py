@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from ...export.artifact import ShippedFile, write_manifest
+from ...export.artifact import LABELS, ShippedFile, write_manifest
 from ...export.conversion.onnx_export import describe
 from ...export.device.self_test import SELF_TEST
 from ...export.int8.quantizer import read_recipe
@@ -82,7 +82,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         {"test_score": target_scores[target].model_dump(exclude_none=True)} if target in int8 else {}
         for target in context.options.target
     ]
-    outputs = [MANIFEST.as_posix(), (ARTIFACT / SELF_TEST).as_posix()]
+    outputs = [MANIFEST.as_posix(), *((ARTIFACT / name).as_posix() for name in (SELF_TEST, LABELS))]
     if scores["student"].correct is not None:
         artifacts.write_predictions(folder / artifacts.PREDICTIONS_FILE, decoded.keys.numpy(), labels, logits)
         outputs.append(artifacts.PREDICTIONS_FILE)

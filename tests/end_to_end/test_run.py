@@ -35,6 +35,7 @@ def test_run_folder_has_the_documented_files(finished):
         "artifact/student.int8.onnx",
         "artifact/manifest.json",
         "artifact/selftest.json",
+        "artifact/labels.txt",
         "artifact/README.md",
         "artifact/predict.py",
     }

@@ -218,7 +218,9 @@ def test_manifest_refuses_private_paths_and_damage(run: Path) -> None:
     with pytest.raises(ExportError, match="cannot be written as JSON"):
         write([], {"accuracy": float("nan")})
     assert (folder / "manifest.json").read_bytes() == before
+    assert (folder / "labels.txt").read_text() == "red\ngreen\nblue\n"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "labels.txt",
         "manifest.json",
         "selftest.json",
         "student.int8.onnx",

@@ -1,5 +1,6 @@
 """A shipped network for images of several labels: each label for itself, those above their thresholds."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:
 
 
 def test_single_label_network_has_no_thresholds(tmp_path: Path) -> None:
-    assert not {key for key in described(None) if "task" in key or "thresholds" in key}
+    assert not {key for key in described(None) if key in ("questpress.task", "questpress.thresholds")}
     colour_classifier(tmp_path / "one.onnx", described(None))
     classifier = Classifier.load(tmp_path / "one.onnx")
     [answer] = classifier.predict([np.full((4, 4, 3), (0, 0, 255), np.uint8)])
@@ -91,6 +92,13 @@ def test_other_metadata_leaves_the_network_as_it_is(file: OnnxFile) -> None:
     assert after.thresholds is not None and after.thresholds.tolist() == [0.1, 0.1, 0.1]
     np.testing.assert_array_equal(after.logits(pixels), before)
     assert changed.bytes == file.path.stat().st_size and changed.opset == file.opset
+
+
+def test_metadata_have_the_keys_of_ultralytics() -> None:
+    for metadata in (described(None), described(THRESHOLDS)):
+        assert ast.literal_eval(metadata["names"]) == dict(enumerate(LABELS))
+        assert ast.literal_eval(metadata["imgsz"]) == [8, 8]
+        assert (metadata["task"], metadata["stride"]) == ("classify", "1")
 
 
 def test_sigmoid_is_stable_for_large_logits() -> None:

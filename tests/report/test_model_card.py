@@ -96,6 +96,9 @@ def test_program_matches_the_input_and_the_task(pixels: bool, several: bool) -> 
     assert ("CreateTensor<uint8_t>" in source) == pixels
     assert ("MEAN" in source) == (not pixels)
     assert ("1 / (1 + std::exp(-x))" in source) == several
+    assert (f"THRESHOLDS[] = {{{', '.join(['0.5'] * 10)}}};" in source) == several
+    assert ("if (p[i] >= THRESHOLDS[i])" in source) == several != ("Apply a softmax" in text)
+    assert ("Apply a sigmoid to each of the `logits`" in text) == several
     assert "{{" not in source and "{%" not in source
     assert ("Pass the pixels as uint8" in text) == pixels
 

@@ -116,6 +116,9 @@ def test_file_equals_torch_and_decodes_as_the_network(network: Any, exported: On
     images = torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     detector = open_model(exported.path)
     assert isinstance(detector, Detector)
+    metadata = detector.session.get_modelmeta().custom_metadata_map
+    largest = max(level.stride[0] for level in detector.decoder.anchors)
+    assert (metadata["task"], metadata["stride"]) == ("detect", str(round(largest)))
     expected = [part.numpy() for part in network.raw(images)]
     for size in (1, 3):
         for image in range(0, 3, size):
