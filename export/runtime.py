@@ -885,6 +885,8 @@ class Model:
             types = ", ".join(entry.type for entry in inputs) or "no input"
             raise ArtifactError(f"{name} is not an image model: it takes {types}")
         self._input = inputs[0].name
+        batch = inputs[0].shape[0] if inputs[0].shape else None
+        self._batch: int | None = batch if isinstance(batch, int) and batch > 0 else None
         self.takes_pixels: bool = inputs[0].type == "tensor(uint8)"
 
     @classmethod
@@ -936,16 +938,21 @@ class Model:
         return outputs
 
     def run(self, batch: np.ndarray, names: list[str] | None = None) -> list[np.ndarray]:
-        """Return the model's outputs of these names, by default all, for at least one image of `to_input`."""
+        """Return the model's outputs of these names, by default all, for at least one image of `to_input`.
+
+        A model of a fixed batch size is run several times.
+        """
         if self.takes_pixels and batch.dtype != np.uint8:
             raise ValueError(f"{self.name} takes pixels, uint8 [B, H, W, 3], got {batch.dtype}")
         batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
+        size = self._batch or len(batch)
+        chunks = [batch[start : start + size] for start in range(0, len(batch), size)]
         try:
-            outputs: list[np.ndarray] = self.session.run(names, {self._input: batch})
+            outputs = [self.session.run(names, {self._input: chunk}) for chunk in chunks]
         except Exception as error:  # onnxruntime's exceptions have no common public class
             reason = " ".join(str(error).split())
             raise ArtifactError(f"onnxruntime cannot run {self.name}: {reason}") from error
-        return outputs
+        return outputs[0] if len(outputs) == 1 else [np.concatenate(parts) for parts in zip(*outputs)]
 
     def _render(
         self, images: ImageSource | Iterable[ImageSource], batch_size: int
@@ -1434,6 +1441,7 @@ def build_metadata(
 ) -> dict[str, str]:
     """Return the entries of `metadata_props` with which an .onnx file can be used without its folder.
 
+    `names`, `imgsz`, `task` and `stride` are for readers of other tools, in the form that Ultralytics writes.
     `origin` names teachers, student, method and licenses, as any JSON. `thresholds`, one per label, make it a
     multi-label model. With `takes_pixels` its input is rendered images, uint8 [batch, H, W, 3].
     """
@@ -1441,7 +1449,6 @@ def build_metadata(
         "version": str(SCHEMA_VERSION),
         "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
         "labels": json.dumps(list(labels), ensure_ascii=False),
-    `names`, `imgsz`, `task` and `stride` are for readers of other tools, in the form that Ultralytics writes.
         "origin": json.dumps(dict(origin), sort_keys=True, ensure_ascii=False),
     }
     if takes_pixels:

@@ -28,6 +28,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from .. import runtime
+from ..conversion.batch import has_fixed_batch, set_batch
 from ..conversion.onnx_export import OnnxFile, write_onnx
 from ..conversion.pixel_input import Folded, Front, attach, has_uint8_input, split
 from ..errors import CalibratorError, ExportError
@@ -248,6 +249,8 @@ class Prepared:
     rewritten: tuple[str, ...]
     front: Front | None = None
     """Preprocessing before this graph if the file has a uint8 input."""
+    fixed_batch: bool = False
+    """True if the file takes single images only; this graph takes any number."""
 
     def stem(self, types: Target) -> tuple[str, ...]:
         """Return convolutions of at most 3 × 3 on an input of at most 4 channels, which are faster in float.
@@ -291,11 +294,14 @@ def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prep
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
+    fixed_batch = has_fixed_batch(model)
+    if fixed_batch:
+        set_batch(model, None)
     front = split(model) if has_uint8_input(model) else None
     if rules is None and only_products(model):
         rules = RULES.keys() - FOR_INTEGERS
     rewritten = rewrite(model, rules)
-    return Prepared(model, int8_scope(model), tuple(rewritten), front)
+    return Prepared(model, int8_scope(model), tuple(rewritten), front, fixed_batch)
 
 
 def recipe(
@@ -324,7 +330,10 @@ def write_int8(
     if prepared.front is not None:
         attach(model, prepared.front)
         onnx.checker.check_model(model)
+    if prepared.fixed_batch:
+        set_batch(model, 1)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata.pop("onnx.infer", None)  # written by onnxruntime's quantizer
     metadata[_RECIPE] = json.dumps(dict(made_by), sort_keys=True)
     onnx.helper.set_model_props(model, metadata)
     file = write_onnx(model, Path(path))
@@ -332,7 +341,6 @@ def write_int8(
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    metadata.pop("onnx.infer", None)  # written by onnxruntime's quantizer
     """Return the recipe in the metadata of an int8 file; None if it has none."""
     model = onnx.load(str(path), load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props}

@@ -358,6 +358,11 @@ class Options(BaseModel):
     opset: int = export_option(
         "ONNX opset of the exported files; a higher one requires a newer runtime", 18, enters="export"
     )
+    batch: Literal["dynamic", "1"] = export_option(
+        "batch size of the exported files: dynamic (any), or 1, which compilers for phones require",
+        "dynamic",
+        enters="export",
+    )
     bench_seconds: float = export_option(
         "seconds of measurement per network and number of threads", 2.0, enters="bench", gt=0
     )

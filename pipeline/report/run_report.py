@@ -153,6 +153,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         devices=latency.devices(report.devices),
         preprocessing=preprocessing,
         is_uint8=is_uint8,
+        batch="1" if report.config.get("batch") == "1" else "batch",
         arm_file=next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None),
         program=program,
         task=task,

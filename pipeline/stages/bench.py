@@ -56,7 +56,9 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     files = {"student": STUDENT_ONNX, **_int8_file(context, previous)}
     pixels = context.has_pixel_input
     for name, file in files.items():
-        subjects.append(_subject(data, folder, name, file, context.student, pixels=pixels))
+        any_batch = context.options.batch == "dynamic"
+        subject = _subject(data, folder, name, file, context.student, pixels=pixels, any_batch=any_batch)
+        subjects.append(subject)
     bench, raw = latency.measure(
         subjects,
         _protocol(context),
@@ -134,7 +136,14 @@ def _export_teacher(
 
 
 def _subject(
-    data: TrainingData, run: Path, name: str, file: Path, spec: NetworkSpec, *, pixels: bool = False
+    data: TrainingData,
+    run: Path,
+    name: str,
+    file: Path,
+    spec: NetworkSpec,
+    *,
+    pixels: bool = False,
+    any_batch: bool = False,
 ) -> latency.BenchCase:
     """Describe a file to measure, which takes uint8 ``pixels`` or normalized images."""
     rendered, _, _ = data.rendered("test", spec)
@@ -156,7 +165,7 @@ def _subject(
         ),
         path,
         inputs,
-        any_batch=name.startswith("student"),
+        any_batch=any_batch,
         classifies=spec.classes > 0 and name.startswith("student"),
     )
 

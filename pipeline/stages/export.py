@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...export.conversion.batch import fix_batch
 from ...export.conversion.onnx_export import (
     OnnxFile,
     check_parity,
@@ -48,15 +49,16 @@ class _Exporter:
     path: Path
 
     def export(self, network: nn.Module, temperature: float | None = None) -> OnnxFile:
-        student = self.context.student
-        return export_onnx(
+        student, options = self.context.student, self.context.options
+        file = export_onnx(
             network,
             self.path,
             student.image_size,
             metadata=self._metadata(temperature),
             pixels=student.preprocessing if self.context.has_pixel_input else None,
-            opset=self.context.options.opset,
+            opset=options.opset,
         )
+        return file if options.batch == "dynamic" else fix_batch(file)
 
     def add_thresholds(self, file: OnnxFile, temperature: float | None) -> OnnxFile:
         """Choose each class's threshold on val images and add them to the metadata."""
@@ -90,7 +92,13 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
             network, file, fit = _calibrate(exporter, network, images)
         if context.task.has_thresholds:
             file = exporter.add_thresholds(file, fit.value if fit else None)
-        parity = check_parity(network, part, images, pixels=pixels if context.has_pixel_input else None)
+        parity = check_parity(
+            network,
+            part,
+            images,
+            pixels=pixels if context.has_pixel_input else None,
+            batch_sizes=(1, 5) if context.options.batch == "dynamic" else (1,),
+        )
         if context.has_pixel_input and isinstance(load_front(part), Outside):
             context.display.warn(
                 f"--input uint8: the first layer of {student.name} is not a plain convolution, so the "

@@ -73,6 +73,22 @@ def test_calibration_images_are_recorded_by_hash(a_run: Path) -> None:
     assert json.loads(said["questpress.quantization"]) == recipe
 
 
+def test_files_of_single_images_are_the_same_otherwise(a_run: Path, tmp_path: Path, data: Path) -> None:
+    out = Path(shutil.copytree(a_run, tmp_path / "run"))
+    little.check_success(little.compress("export", out, "--batch", "1"))
+    photos = sorted((data / "red").iterdir())[:3]
+    for entry in manifest(out)["files"]:
+        name = entry["name"]
+        [dim, *_] = onnx.load(out / "artifact" / name).graph.input[0].type.tensor_type.shape.dim
+        assert dim.dim_value == 1
+        fixed, dynamic = (Classifier.load(run, file=name, threads=1) for run in (out, a_run))
+        assert fixed.predict(photos) == dynamic.predict(photos)
+        before = next(entry for entry in manifest(a_run)["files"] if entry["name"] == name)
+        assert entry["accuracy"] == before["accuracy"]
+    assert "float32 [1, 3, 16, 16]" in (out / "artifact" / "README.md").read_text("utf-8")
+    assert not report(out)["bench"]["throughput"]
+
+
 def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(a_run, out)
