@@ -189,7 +189,7 @@ def list_images(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSo
     is_one = isinstance(images, (str, Path, bytes, Image.Image)) or not isinstance(images, Iterable)
     if is_one or (isinstance(images, np.ndarray) and (images.ndim != 4 or images.size == 0)):
         return [check_source(images)]
-    return images
+    return images  # type: ignore[return-value]
 
 
 def _open(file: BinaryIO | str | Path) -> Image.Image:

@@ -141,7 +141,8 @@ class Timing:
 
     def time_block(self, seconds: float) -> np.ndarray:
         """Call for at least `seconds` and once; return milliseconds [runs]."""
-        times, clock = [], time.perf_counter
+        times: list[float] = []
+        clock = time.perf_counter
         end = clock() + seconds
         while not times or clock() < end:
             item = next(self._next)

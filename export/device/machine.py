@@ -17,7 +17,7 @@ def processor_name(proc: Path = Path("/proc")) -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    fields = {}
+    fields: dict[str, str] = {}
     for line in _read(proc / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip().lower(), value.strip())

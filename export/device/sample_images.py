@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,14 +19,13 @@ def draw_images(side: int) -> list[bytes]:
     long = min(MAX_SIDE, max(16, round(SCALE * side)))
     upright = Image.Exif()
     upright[_EXIF_ORIENTATION] = _ON_ITS_SIDE
+    kinds: list[tuple[tuple[int, int], str, str, dict[str, Any]]] = [
+        ((long, 3 * long // 4), "RGB", "PNG", {"optimize": True}),
+        ((2 * long // 3, long), "RGBA", "PNG", {"optimize": True}),
+        ((160, 120), "RGB", "JPEG", {"quality": 75, "exif": upright}),
+    ]
     files = []
-    for number, (size, mode, format, options) in enumerate(
-        (
-            ((long, 3 * long // 4), "RGB", "PNG", {"optimize": True}),
-            ((2 * long // 3, long), "RGBA", "PNG", {"optimize": True}),
-            ((160, 120), "RGB", "JPEG", {"quality": 75, "exif": upright}),
-        )
-    ):
+    for number, (size, mode, format, options) in enumerate(kinds):
         file = BytesIO()
         _draw(size, mode, np.random.default_rng(number)).save(file, format, **options)
         files.append(file.getvalue())

@@ -315,3 +315,15 @@ def test_opset_that_the_exporter_did_not_honour_is_refused(
     with pytest.raises(ExportError, match=r"to opset 17: the exporter wrote opset 18\. Use"):
         export_onnx(small_conv_net(), tmp_path / "a.onnx", 16, metadata={}, opset=17)
     assert not list(tmp_path.iterdir())
+
+
+def test_hard_sigmoid_is_written_as_clip(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    network = nn.Sequential(*layers).eval()
+    path = export_onnx(network, tmp_path / "net.onnx", 8, metadata={}).path
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert "Clip" in operators and "HardSigmoid" not in operators
+    x = torch.randn(3, 3, 8, 8) * 9
+    found = runtime.open_session(path, 1).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
