@@ -294,7 +294,7 @@ def format_bench(bench: Mapping[str, Any]) -> str:
         f"onnxruntime {versions['onnxruntime']}, {bench['provider']}; from {bench['images']}",
         "",
     ]
-    columns = ("file", "threads", "p50 ms (95 %)", "p90 ms", "processor ms", "load ms", "from JPEG, p50 ms")
+    columns = ("file", "threads", "p50 ms (95 %)", "p90 ms", "processor ms", "load ms", "from file, p50 ms")
     rows = [columns]
     for result in bench["results"]:
         latency, end_to_end = result["latency_ms"], result["end_to_end_ms"]

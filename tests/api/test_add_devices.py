@@ -37,6 +37,13 @@ def test_report_and_card_show_a_table_of_devices(
     assert done.exit_code == 0 and "Raspberry Pi" in done.stdout, done.stderr
     assert (a_run / "bench" / "bench.raspberry-pi-b-5.json").is_file()
     measured["results"][0]["latency_ms"]["p50"] = {"value": 123.4, "low": 119.0, "high": 131.0}
+    flag = {
+        "name": "neighbor",
+        "file": "student.onnx",
+        "threads": 1,
+        "sentence": "student.onnx waited 9% of it.",
+    }
+    measured["flags"] = [flag]
     for name in ("Jetson", "Raspberry Pi <b>5"):  # the second replaces a device's earlier bench
         assert compress("bench", a_run, "--add", write(tmp_path, measured, name)).exit_code == 0
     report = Report.model_validate_json((a_run / "report.json").read_text("utf-8"))
@@ -46,6 +53,9 @@ def test_report_and_card_show_a_table_of_devices(
     for text in ((a_run / "report.md").read_text("utf-8"), card):
         rows = [line for line in text.splitlines() if line.startswith("| Jetson | int8 | 1 |")]
         assert [row.split("|")[4].strip() for row in rows] == ["123 (119–131)"]
+        [waited] = [line for line in text.splitlines() if line.startswith("| Jetson | fp32 | 1 |")]
+        assert [cell.strip() for cell in waited.split("|")[4:6]] == ["–", "–"]
+        assert flag["sentence"] in text
     page = (a_run / "report.html").read_text("utf-8")
     assert "Raspberry Pi &lt;b&gt;5" in page and "Raspberry Pi <b>" not in page
 

@@ -232,12 +232,15 @@ def devices(benches: Sequence[DeviceBench]) -> Table:
             bench.device.processor,
             result.precision,
             str(result.threads),
-            percentile(result.latency_ms.get("p50")),
-            percentile(result.end_to_end_ms.get("p50")),
+            *(
+                percentile(None if (result.name, result.threads) in waited else times.get("p50"))
+                for times in (result.latency_ms, result.end_to_end_ms)
+            ),
             _ms(result.processor_ms),
             _ms(result.load_ms),
         ]
         for bench in benches
+        for waited in [{(flag.file, flag.threads) for flag in bench.flags if flag.name == "neighbor"}]
         for result in bench.results
     ]
     notes = ["Median milliseconds with 95 % intervals, mean processor time of all threads."]
