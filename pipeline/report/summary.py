@@ -144,9 +144,9 @@ def _score(report: Report) -> KeyFigure:
         for name, value in list(score.details.items())[:MAX_DETAILS]
     ]
     details = [f"95 % interval {format.score_interval(score)}"]
+    details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     if report.baseline is not None:
         details.append(describe_baseline(report.baseline))
-    details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     return KeyFigure(
         format.score_percent(score),
         f"{networks.score_name(report)} of the {shipped.short_role} student",
@@ -160,13 +160,15 @@ def _score(report: Report) -> KeyFigure:
 
 
 def describe_baseline(baseline: Baseline) -> str:
-    """Return what the teacher brought: the score of the student trained without it, and the difference."""
-    score, n = baseline.score, baseline.score.n
-    text = f"without the teacher {format.score(score)}: it brought {format.points(baseline.points, n)}"
-    if baseline.low is None or baseline.high is None or baseline.p is None:
-        return text
-    low, high = (format.points(value, n) for value in (baseline.low, baseline.high))
-    return f"{text} ({low} to {high}, {format.p_equals(baseline.p)}; both fp32 in PyTorch)"
+    """Return what the teacher brought: the difference to the score of the student trained without it."""
+    n, test = baseline.score.n, ""
+    if baseline.low is not None and baseline.high is not None and baseline.p is not None:
+        low, high = (format.points(value, n).partition(" ")[0] for value in (baseline.low, baseline.high))
+        test = f" ({low} to {high}, {format.p_equals(baseline.p)})"
+    return (
+        f"the teacher brought {format.points(baseline.points, n)}{test}: without it "
+        f"{format.score_percent(baseline.score)}, both fp32"
+    )
 
 
 def warnings(report: Report) -> list[str]:
