@@ -304,13 +304,22 @@ def _find_split_folders(path: Path) -> dict[str, Split]:
 
 
 def find_split_label_file(folder: Path) -> Path | None:
-    """Return the labels file in the train folder if the folders of the splits have no class folders."""
+    """Return the labels file of train if the folders of the splits have no class folders.
+
+    It is in the train folder, or named after the split in ``folder``, next to those of other splits.
+    """
     try:
-        folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        entries = sorted(folder.iterdir())
+        folders = [path for path in entries if path.is_dir()]
         splits = find_splits(path.name for path in folders)
         train = next((path for path in folders if splits.get(path.name) == "train"), None)
         if train is None or any(path.is_dir() for path in train.iterdir()):
             return None
+        files = [path for path in entries if path.suffix.lower() in SUFFIXES]
+        splits = find_splits(path.stem for path in files)
+        named = [path for path in files if splits.get(path.stem) == "train"]
+        if len(named) == 1 and len(splits) > 1:
+            return named[0]
         files = [path for path in train.iterdir() if path.suffix.lower() in SUFFIXES]
     except OSError:
         return None

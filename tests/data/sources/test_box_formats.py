@@ -124,7 +124,7 @@ def test_roboflow_folders_are_read(tmp_path: Path) -> None:
         "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 3\n"
         "names: ['blue', 'green', 'red']\n"
     )
-    for path in ("coco", "coco/train/_annotations.coco.json", "voc", "yolo", "yolo/data.yaml"):
+    for path in ("expected", "coco", "coco/train/_annotations.coco.json", "voc", "yolo", "yolo/data.yaml"):
         data = open_boxes(tmp_path / path)
         assert data.fingerprint == expected, path
 
