@@ -42,11 +42,11 @@ SCRATCH_METHOD, TUNING_METHOD = "quest", "quest+mimic"
 (docs/benchmarks.md).
 """
 
-DETECTION_METHODS: tuple[str, ...] = ("mimic+pkd", "pkd")
-"""Methods for detectors, in the order in which they are tried."""
+DETECTION_METHODS: tuple[str, ...] = ("mimic", "pkd")
+"""Methods for detectors, the best of docs/detection.md first; the next one is used if it does not fit."""
 
 TABLE: tuple[Row, ...] = (
-    Row("--method", "quest; mimic+pkd for detectors", "quest+mimic if one teacher's vector can be matched"),
+    Row("--method", "quest; mimic for detectors", "quest+mimic if one teacher's vector can be matched"),
     Row(
         "--epochs",
         "20; 60 from 2,000, 100 from 100,000 images; detectors 40, 24 from 100,000",
