@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 from questpress import export
-from questpress.export.int8.rewrite import RULES
+from questpress.export.conversion.rewrite import RULES
 from questpress.export.runtime import Preprocessing, normalize, open_session
 from questpress.models.build import geometry
 from questpress.pipeline.data.decode import render_images

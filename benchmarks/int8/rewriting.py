@@ -22,8 +22,8 @@ import timm
 import torch
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.conversion.rewrite import RULES
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, write_int8
-from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import find_target
 from torch import nn
 

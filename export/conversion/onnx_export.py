@@ -29,9 +29,9 @@ from torch import nn
 from .. import runtime
 from ..errors import ExportError
 from ..files import flush, write_bytes
-from ..int8.rewrite import RULES
 from ..results import Parity
 from .pixel_input import INPUT, take_pixels
+from .rewrite import RULES
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def export_onnx(
             f"{model.opset_imports['']}. Use --opset {model.opset_imports['']} or omit it."
         )
     _fold_computed_weights(model)
-    if RULES["clip_hard_sigmoid"](model):  # OpenCV 5.0 computes HardSigmoid with another slope
+    if RULES["clip_hard_sigmoid"](model):
         optimizer.remove_unused_nodes(model)
     # PyTorch 2.11 writes x.flatten(1) as a Reshape to a computed shape, which could not be calibrated.
     if materialize_reshape_shape_rule.apply_to_model(model):

@@ -31,9 +31,9 @@ from .. import runtime
 from ..conversion.batch import has_fixed_batch, set_batch
 from ..conversion.onnx_export import OnnxFile, write_onnx
 from ..conversion.pixel_input import Folded, Front, attach, has_uint8_input, split
+from ..conversion.rewrite import FOR_INTEGERS, RULES, rewrite
 from ..errors import CalibratorError, ExportError
 from ..files import temporary_folder
-from .rewrite import FOR_INTEGERS, RULES, rewrite
 from .targets import Target
 
 

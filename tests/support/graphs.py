@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from questpress.export.conversion.rewrite import rewrite
 from questpress.export.int8.quantizer import Prepared, int8_scope
-from questpress.export.int8.rewrite import rewrite
 
 
 def graph_of(

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from questpress.export.int8.rewrite import rewrite
+from questpress.export.conversion.rewrite import rewrite
 
 from tests.support.graphs import constants, graph_of, rewritten, weights
 

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from questpress.export.conversion.rewrite import rewrite
 from questpress.export.int8.correction import CLEAR, equalize, layer_pairs
-from questpress.export.int8.rewrite import rewrite
 
 from tests.support.graphs import answers, constants, graph_of, prepared, weights
 

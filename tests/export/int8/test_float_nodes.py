@@ -12,9 +12,9 @@ import torch
 from onnx import helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.conversion.rewrite import RULES
 from questpress.export.int8 import quantizer
 from questpress.export.int8.quantizer import Scope, int8_scope
-from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.search import (
     CONVERTS_BETWEEN,
     CONVERTS_INPUT,

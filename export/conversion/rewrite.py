@@ -161,8 +161,9 @@ def _clip_hard_sigmoid(op: Any, x: Any, y: Any, activation: Any) -> Any:
     return op.Clip(scaled, low, high, _name=node.name)
 
 
-# HardSigmoid, max(0, min(1, α·x + β)), has no integer kernel in ONNX Runtime. With α and β in the layer
-# before it, it is a Clip, which costs nothing: the unsigned range of the layer's output cuts there.
+# HardSigmoid, max(0, min(1, α·x + β)), has no integer kernel in ONNX Runtime, and OpenCV 5.0 computes it with
+# another slope. With α and β in the layer before it, it is a Clip, which costs nothing in int8: the unsigned
+# range of the layer's output cuts there.
 _HARD_SIGMOID = RewriteRule(
     lambda op, x: op.HardSigmoid(_scalable_layer(op, x), _outputs=["activation"]),
     _clip_hard_sigmoid,

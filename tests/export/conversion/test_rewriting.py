@@ -11,7 +11,7 @@ import timm
 import torch
 from onnx import helper
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.int8.rewrite import RULES, rewrite
+from questpress.export.conversion.rewrite import RULES, rewrite
 from torch import nn
 
 from tests.support.graphs import graph_of, operators, rewritten, weights
