@@ -27,7 +27,7 @@ MORE_ENTRIES = {
     "tests/models": 14,
     "pipeline": 13,  # eleven layers, errors.py and __main__.py
     "pipeline/api": 13,  # a file for each command, and their inputs
-    "pipeline/methods": 17,  # a file for each method
+    "pipeline/methods": 16,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
     "tests": 24,  # the folders of the source, and tests of the whole repository
     "tests/data": 14,  # a file for each step from a file to a view
@@ -35,7 +35,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 198, 40_190, 30_050
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 199, 40_180, 30_050
 """Only a new feature may raise these."""
 
 

@@ -24,7 +24,7 @@ METHODS: Mapping[str, str] = {
     "wttm": "wttm:Wttm",
     "sdd": "sdd:Sdd",
     "feed": "feed:Feed",
-    "mimic": "mimic:Mimic",
+    "mimic": "mimic.mimic:Mimic",
     "itrd": "itrd:Itrd",
     "pkd": "pkd:Pkd",
 }

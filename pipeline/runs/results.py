@@ -286,7 +286,7 @@ class Reconstruction(Result):
 
 
 class Hashes(Result):
-    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic/``."""
 
     teacher: str
     hashes: int

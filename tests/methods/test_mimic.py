@@ -11,8 +11,9 @@ from click.testing import Result
 from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods import base, mimic
+from questpress.pipeline.methods import base
 from questpress.pipeline.methods.base import Batch, PrepareContext, Setup, Shapes
+from questpress.pipeline.methods.mimic import mimic
 from safetensors.torch import load_file
 
 from tests.support import little

@@ -7,8 +7,8 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.models.readout import Widened, widen
-from questpress.pipeline.methods import mimic
 from questpress.pipeline.methods.base import Setup, Shapes
+from questpress.pipeline.methods.mimic import mimic
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn

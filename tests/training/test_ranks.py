@@ -19,8 +19,8 @@ from questpress.pipeline.evaluation.predictions import compute_logits
 from questpress.pipeline.methods.base import Method, Setup, Shapes
 from questpress.pipeline.methods.kd import Kd
 from questpress.pipeline.methods.kd import Parameters as KdParameters
-from questpress.pipeline.methods.mimic import Mimic
-from questpress.pipeline.methods.mimic import Parameters as MimicParameters
+from questpress.pipeline.methods.mimic.mimic import Mimic
+from questpress.pipeline.methods.mimic.mimic import Parameters as MimicParameters
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.process import STOP

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from . import base
+from .. import base
 
 MAX_HASHES = 4096
 PATCH = 3

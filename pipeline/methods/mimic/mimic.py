@@ -31,8 +31,8 @@ Our choices that the paper leaves open or makes differently:
 - Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
   its part of it, and the loss is the mean over teachers.
 
-Detectors have patches of classification towers in place of the vector, see ``dense_mimic.py``, or the vectors
-of regions, see ``region_mimic.py``.
+Detectors have patches of classification towers in place of the vector, see ``dense.py``, or the vectors
+of regions, see ``regions.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,11 +46,12 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ...models.detection.regions import BoxHead
-from ..config import TaskName
-from ..errors import JobError, UsageError
-from . import base, dense_mimic, region_mimic
-from .quest.vocabulary import FeatureMatrix
+from ....models.detection.regions import BoxHead
+from ...config import TaskName
+from ...errors import JobError, UsageError
+from .. import base
+from ..quest.vocabulary import FeatureMatrix
+from . import dense, regions
 
 Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
 
@@ -109,9 +110,9 @@ class Parameters(base.Parameters):
     def hashes_for(self, teacher: base.Shapes) -> int:
         width = _width(teacher)
         if teacher.towers:
-            return self.hashes or min(width, dense_mimic.MAX_HASHES)
+            return self.hashes or min(width, dense.MAX_HASHES)
         if teacher.region_vector:
-            return self.hashes or region_mimic.HASHES_PER_NUMBER * width
+            return self.hashes or regions.HASHES_PER_NUMBER * width
         return self.hashes or (32 * width if width <= CIFAR_WIDTH else IMAGENET_HASHES)
 
 
@@ -133,7 +134,7 @@ class Mimic(base.Method):
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         if network.region_vector:
-            return region_mimic.READS
+            return regions.READS
         return frozenset({*network.towers, "anchors"} if network.towers else {"vector"})
 
     @classmethod
@@ -141,7 +142,7 @@ class Mimic(base.Method):
         if teacher.towers:
             return frozenset(teacher.towers)
         if teacher.region_vector:
-            return frozenset(region_mimic.teacher_maps(teacher))
+            return frozenset(regions.teacher_maps(teacher))
         masked = parameters.variant_for(teacher) == "lshl2_s"
         return frozenset({"vector", "logits"} if masked else {"vector"})
 
@@ -177,7 +178,7 @@ class Mimic(base.Method):
         for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
             if teacher.region_vector:
                 assert context.weights is not None
-                head = region_mimic.select_head(context.weights(t))
+                head = regions.select_head(context.weights(t))
                 tensors |= {f"{t}.head.{key}": value for key, value in head.items()}
             if parameters.variant_for(teacher) == "l2":
                 continue
@@ -195,7 +196,7 @@ class Mimic(base.Method):
         self.widths = [_width(teacher) for teacher in setup.teachers]
         get = setup.prepared.get
         self.towers = setup.student.towers
-        self.region_maps = [region_mimic.teacher_maps(teacher) for teacher in setup.teachers]
+        self.region_maps = [regions.teacher_maps(teacher) for teacher in setup.teachers]
         self.heads = nn.ModuleList(_heads(setup))
         terms = [
             MimicTerm(parameters.variant_for(teacher), get(f"{t}.weight"), get(f"{t}.bias"))
@@ -212,7 +213,7 @@ class Mimic(base.Method):
             ]
         elif self.heads:
             pairs = [
-                region_mimic.pair_vectors(student, [teacher[name] for name in maps], cast(BoxHead, head))
+                regions.pair_vectors(student, [teacher[name] for name in maps], cast(BoxHead, head))
                 for head, maps, teacher in zip(self.heads, self.region_maps, batch.teachers, strict=True)
             ]
             losses = [
@@ -277,8 +278,8 @@ class MimicTerm(nn.Module):
     def compare_towers(
         self, towers: Sequence[str], student: base.Features, teacher: base.Features, labels: Tensor
     ) -> Tensor:
-        """Return the scalar loss of two detectors' patches; see ``dense_mimic.py``."""
-        return dense_mimic.compute_loss(
+        """Return the scalar loss of two detectors' patches; see ``dense.py``."""
+        return dense.compute_loss(
             self.variant,
             self.weight,
             [student[name] for name in towers],
@@ -330,7 +331,7 @@ def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) 
 def _width(network: base.Shapes) -> int:
     if network.towers:
         channels, *_ = network.maps[network.towers[0]]
-        return channels * dense_mimic.PATCH**2
+        return channels * dense.PATCH**2
     if network.region_vector:
         return network.region_vector
     assert network.vector is not None  # ``reads`` contains it
@@ -349,7 +350,7 @@ def _heads(setup: base.Setup) -> list[BoxHead]:
 
 
 def _compared_maps(network: base.Shapes) -> list[tuple[int, int, int]]:
-    names = region_mimic.teacher_maps(network) if network.region_vector else network.towers
+    names = regions.teacher_maps(network) if network.region_vector else network.towers
     return [network.maps[name] for name in names]
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ...models.detection.regions import BOX_HEAD, BoxHead
-from . import base
+from ....models.detection.regions import BOX_HEAD, BoxHead
+from .. import base
 
 HASHES_PER_NUMBER = 4
 READS = frozenset({"regions", "region_vectors"})
