@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import equalize_image
 
 from .views import RATIO_STEPS, ViewPolicy, below, draw_color_factors, random_words, ratio_table, uniform
 
@@ -123,7 +124,7 @@ def augment(views: Tensor, operations: Tensor, signs: Tensor, strength: int) -> 
         elif name == "solarize":
             changed = torch.where(images >= math.ceil(255 * (1 - part)), 255 - images, images)
         else:
-            changed = _stretch(images) if name == "auto_contrast" else _equalize(images)
+            changed = _stretch(images) if name == "auto_contrast" else equalize_image(images)
         views.index_copy_(0, on_device, changed)
     return views
 
@@ -188,23 +189,14 @@ def _reference(images: Tensor, name: str) -> Tensor:
 
 
 def _stretch(images: Tensor) -> Tensor:
-    """Scale each channel to the range from 0 to 255; a constant one stays."""
+    """Scale each channel to the range from 0 to 255; a constant one stays.
+
+    torchvision's function waits for the device.
+    """
     whole = images.to(torch.int32)
     low, high = whole.amin((2, 3), keepdim=True), whole.amax((2, 3), keepdim=True)
     stretched = (whole - low) * 255 // (high - low).clamp(min=1)
     return torch.where(high > low, stretched, whole).to(torch.uint8)
-
-
-def _equalize(images: Tensor) -> Tensor:
-    """Equalize the histogram of each channel, with Pillow's integer arithmetic."""
-    levels = images.flatten(2).long()
-    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, levels, torch.ones_like(levels))
-    sums = counts.cumsum(2)
-    brightest = levels.amax(2, keepdim=True)
-    step = (levels.shape[2] - counts.gather(2, brightest)) // 255
-    table = ((sums - counts + step // 2) // step.clamp(min=1)).clamp(max=255)
-    return torch.where(step > 0, table.gather(2, levels), levels).to(torch.uint8).view(images.shape)
 
 
 def jitter_colors(views: Tensor, factors: Tensor) -> Tensor:
