@@ -218,7 +218,7 @@ def run_bench(
     results: list[dict[str, Any]] = []
     flags: list[dict[str, Any]] = []
     for count in sorted({1, default_threads()}) if threads is None else [threads]:
-        print(f"Timing {len(entries)} files, {format_threads(count)}", file=sys.stderr)
+        print(f"Timing {plural(len(entries), 'file')}, {plural(count, 'thread')}", file=sys.stderr)
         loads, runs, ends = [], [], []
         for name, content in contents.items():
             milliseconds = []
@@ -262,8 +262,8 @@ def run_bench(
     }
 
 
-def format_threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def _find_flags(name: str, threads: int, timing: Timing) -> list[dict[str, Any]]:
@@ -290,7 +290,8 @@ def format_bench(bench: Mapping[str, Any]) -> str:
     device, versions = bench["device"], bench["versions"]
     memory = f", {device['memory_bytes'] / 1e9:.1f} GB" if device["memory_bytes"] else ""
     lines = [
-        f"{device['processor']}, {device['machine']}, {device['cores']} cores{memory}, {device['system']}",
+        f"{device['processor']}, {device['machine']}, {plural(device['cores'], 'core')}{memory}, "
+        f"{device['system']}",
         f"onnxruntime {versions['onnxruntime']}, {bench['provider']}; from {bench['images']}",
         "",
     ]
@@ -311,7 +312,7 @@ def format_bench(bench: Mapping[str, Any]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += [f"{flag['sentence']} ({format_threads(flag['threads'])})" for flag in bench["flags"]]
+    lines += [f"{flag['sentence']} ({plural(flag['threads'], 'thread')})" for flag in bench["flags"]]
     return "\n".join(lines)
 
 

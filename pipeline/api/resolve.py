@@ -207,7 +207,7 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
     optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     check_optimizer(optimizer)
-    detector = is_detector(chosen.student)
+    detector = task_of(data).has_boxes
     batch = min(chosen.batch_size or defaults.choose_batch_size(images, detector=detector), images)
     chosen.batch_size = batch
 
