@@ -35,6 +35,9 @@ METHODS = {
     "kd": ["--method", "kd"],
     "dkd": ["--method", "dkd", "--set", "dkd.beta=2"],  # the authors' β for resnet56
     "dist": ["--method", "dist"],
+    "wttm": ["--method", "wttm"],
+    "itrd": ["--method", "itrd"],
+    "sdd": ["--method", "sdd", "--set", "sdd.beta=2", "--set", "sdd.finest=2"],
     "quest (τ = 0.2)": [*QUEST, "--set", "quest.tau=0.2"],
     "quest (δ = 10)": QUEST,
     "quest+kd": ["--method", "quest+kd", *QUEST[2:]],
@@ -43,9 +46,9 @@ METHODS = {
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
     "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],
-    # A third of the epochs or so: what the number of words changes.
+    # What the number of words changes.
     **{
-        f"quest {k} words, 12 epochs": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
+        f"quest {k} words (12 epochs)": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
         for k in (256, 1024, 4096)
     },
     **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
