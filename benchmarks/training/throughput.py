@@ -29,6 +29,7 @@ from questpress.export.runtime import allowed_cores
 from questpress.pipeline.data.dataset import ImageSet
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.methods.quest.quest import LIKELY_TOP
+from questpress.pipeline.methods.quest.vocabulary import choose_words
 from questpress.pipeline.runs.device import choose_device, device_name, use_threads
 from questpress.pipeline.runs.files import write_json
 
@@ -91,17 +92,17 @@ VARIANTS = {"as its users get it": None, "our data": False, "our data, precision
 STORED = [f"{method} stored{places}" for method, places in (("QuEST", ""), ("QuEST", SAMPLED), ("KD", ""))]
 ONLINE = [name.replace("stored", "online") for name in STORED]
 
-GOALS = {"torchdistill": {"stored": 2.0, "online": 1.2}}
+GOALS = {"torchdistill": {"stored": 3.0, "online": 1.6}}
 """The least rates asked for of QuEST, against the package as its users get it."""
 
 
 def comparisons(names: Collection[str]) -> Iterator[Comparison]:
     """The ratios to take of what was measured: ours, then those to each package and what makes them up."""
     for name in STORED:
-        yield Comparison(f"{name}, over supervised", "time", name, ("supervised",), 1.10)
+        yield Comparison(f"{name}, over supervised", "time", name, ("supervised",), 1.15)
     for name in ONLINE:
         both = ("supervised", "teacher alone")
-        yield Comparison(f"{name}, over supervised + teacher", "time", name, both, 1.15)
+        yield Comparison(f"{name}, over supervised + teacher", "time", name, both, 1.20)
     yield Comparison("QuEST stored over online", "rate", "QuEST stored", ("QuEST online",))
     yield Comparison("sampled over all positions, stored", "rate", STORED[1], (STORED[0],))
     yield Comparison("QuEST over KD, stored", "rate", "QuEST stored", ("KD stored",))
@@ -155,7 +156,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             batch=options.batch or pair.batch,
             images=images.train,
             classes=len(images.classes),
-            words=options.words,
+            words=options.words or choose_words(len(images.train)),
             top=options.top,
             positions=options.positions,
             device=options.device,
@@ -181,6 +182,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "pair": name,
         **asdict(pair),
         "batch": setting.batch,
+        "words": setting.words,
         "images": images.source,
         "engines": {"student": str(setting.engine), "teacher": str(setting.teacher_engine)},
         "workers": {
@@ -229,7 +231,8 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"### {found['teacher']} → {found['student']}, {found['size']} pixels, batch {found['batch']}\n",
-            f"{found['images']}; student: {engines['student']}; teacher: {engines['teacher']}.\n",
+            f"{found['images']}; {found['words']} words; student: {engines['student']}; "
+            f"teacher: {engines['teacher']}.\n",
             rates_table(found["rates"]),
             ratios_table(found["ratios"]),
         ]
@@ -249,7 +252,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="timed, for each subject")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, help="default: 128 at 32 pixels, else 32")
-    parser.add_argument("--words", type=int, default=4096, help="QuEST's vocabulary")
+    parser.add_argument(
+        "--words",
+        type=int,
+        help="QuEST's vocabulary [default: as a run chooses it for this number of images]",
+    )
     parser.add_argument("--top", type=int, default=LIKELY_TOP, help="words that a stored target keeps")
     parser.add_argument("--positions", type=int, default=16, help="of each image, where they are sampled")
     parser.add_argument("--teacher-weights", type=Path, help="a file [default: random ones]")
@@ -296,7 +303,7 @@ def main() -> None:
     print(
         f"{machine['cpu']}, {machine['cores']} cores, {facts['device']}, {options.threads} threads; "
         f"load {machine['load']} at the start; {versions}; {options.seconds:g} s a subject in "
-        f"{options.rounds} rounds; {options.words} words, {options.top} of them stored a position, "
+        f"{options.rounds} rounds; {options.top} words stored a position, "
         f"{options.positions} positions where sampled\n"
     )
     pairs = []
