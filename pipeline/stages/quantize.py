@@ -160,9 +160,9 @@ def _deciding_images(
 def _measure_latency(
     context: RunContext, result: Search, inputs: np.ndarray, show: Callable[[str, float], None]
 ) -> runner.BenchResult:
-    """Measure the latency of all candidates and the fp32 file, interleaved, on one thread."""
+    """Measure the latency of the candidates and the fp32 file, interleaved, on one thread."""
     subjects = [runner.Subject("fp32", context.folder.path / STUDENT_ONNX, inputs)]
-    subjects += [runner.Subject(file.path.name, file.path, inputs) for file in result.files]
+    subjects += [runner.Subject(path.name, path, inputs) for path in _timed_files(result).values()]
     return runner.bench(
         subjects,
         threads=[1],
@@ -172,14 +172,21 @@ def _measure_latency(
     )
 
 
+def _timed_files(result: Search) -> Mapping[tuple[str, ...], Path]:
+    """Return one file for each set of nodes that stay float; other candidates differ in constants only."""
+    return {c.kept_float: file.path for c, file in zip(result.candidates, result.files, strict=True)}
+
+
 def _describe(
     result: Search, target: str, file: Path, inputs: _Inputs, times: runner.BenchResult | None
 ) -> Int8Search:
     budget = inputs.budget
     if times is not None:
-        for candidate, tried_file in zip(result.candidates, result.files, strict=True):
-            candidate.p50 = times.latency(tried_file.path.name, 1).p50
-            candidate.speedup = times.speedup(tried_file.path.name, "fp32", 1)
+        timed = _timed_files(result)
+        for candidate in result.candidates:
+            name = timed[candidate.kept_float].name
+            candidate.p50 = times.latency(name, 1).p50
+            candidate.speedup = times.speedup(name, "fp32", 1)
     ships, parts = None, []
     if result.chosen is not None:
         ships = result.candidates[result.chosen]

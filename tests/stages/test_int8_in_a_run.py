@@ -58,6 +58,7 @@ def test_each_calibrator_is_tried_and_one_ships(a_run: Path) -> None:
     (ships,) = [one for one in found["tried"] if one["ships"]]
     assert ships["holds"] and ships["score"] == max(one["score"] for one in found["tried"] if one["holds"])
     assert ships["p50"] > 0 and ships["speedup"]["over"] == "fp32"
+    assert len({one["p50"] for one in found["tried"][:4]}) == 1  # the same kernels, timed once
     file = a_run / found["file"]
     assert ships["bytes"] == file.stat().st_size
     assert found["role"] == "val" and found["n"] == 6
