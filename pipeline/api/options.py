@@ -18,7 +18,7 @@ from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
 from ..methods.shapes import check_methods
-from ..runs.files import DIGITS, data_text
+from ..runs.files import data_text
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
 
@@ -103,10 +103,10 @@ def check_optimizer(name: str) -> None:
 
 
 def starts_from_scratch(chosen: Options) -> bool:
-    """Return True if the student starts without weights; published ones do not help with the digits."""
+    """Return True if the student starts without weights."""
     if chosen.student_weights != "auto":
         return chosen.student_weights == "none"
-    return chosen.data == DIGITS or not has_pretrained(chosen.student)
+    return not has_pretrained(chosen.student)
 
 
 def _fit(method: str, chosen: Options) -> bool:

@@ -64,6 +64,8 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     """
     chosen = options.model_copy(deep=True)
     _repeat_teacher(chosen)
+    if chosen.data == DIGITS:
+        _fill_digits(chosen)
     _check_lists(chosen)
     _check_networks(chosen)
     if chosen.method == "auto":
@@ -155,7 +157,7 @@ def _check_networks(chosen: Options) -> None:
     check_weights_file(chosen.student_weights, "student")
     _check_labels(chosen)
     if chosen.image_size is None:
-        chosen.image_size = default_size(chosen.data, chosen.student)
+        chosen.image_size = default_size(chosen.data, chosen.student, chosen.teacher)
     if chosen.student_size is not None:
         check_student_size("--student-size", chosen.student_size, chosen.image_size)
     if chosen.student_size == chosen.image_size:
@@ -169,9 +171,17 @@ def _check_networks(chosen: Options) -> None:
         raise UsageError(str(error)) from error
 
 
-def default_size(data: str, student: str) -> int:
+def default_size(data: str, student: str, teachers: Sequence[str]) -> int:
     """Return the default side of the networks' input in pixels."""
-    return 64 if data == DIGITS else default_image_size(student)
+    if data != DIGITS:
+        return default_image_size(student)
+    small, larger = defaults.DIGITS_SIZES
+    try:
+        for name in (student, *teachers):
+            check_size(name, small)
+    except ModelError:
+        return larger
+    return small
 
 
 def check_student_size(option: str, size: Size, image_size: Size) -> None:
@@ -192,15 +202,17 @@ def check_student_size(option: str, size: Size, image_size: Size) -> None:
         )
 
 
-def _resolve_weights(source: str, data: str) -> str:
-    """Return ``none`` for ``auto`` and the built-in digits, which published weights do not help with."""
-    return "none" if source == "auto" and data == DIGITS else source
+def _fill_digits(chosen: Options) -> None:
+    """Fill in the defaults for the built-in digits, which published weights do not help with."""
+    chosen.teacher_weights = ["none" if source == "auto" else source for source in chosen.teacher_weights]
+    chosen.student_weights = "none" if chosen.student_weights == "auto" else chosen.student_weights
+    for name, value in defaults.DIGITS.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
 
 
 def _choose(chosen: Options, data: ImageSet) -> None:
     images = len(data.train)
-    chosen.teacher_weights = [_resolve_weights(source, chosen.data) for source in chosen.teacher_weights]
-    chosen.student_weights = _resolve_weights(chosen.student_weights, chosen.data)
     teacher_scratch = "none" in chosen.teacher_weights
     # A student without published weights is trained from scratch; a teacher only with --teacher-weights none.
     scratch = starts_from_scratch(chosen)
@@ -346,8 +358,7 @@ def _choose_views(chosen: Options, data: ImageSet) -> None:
         chosen.pad_mode = chosen.pad_mode or "zeros"
         if chosen.pad >= side:
             raise UsageError(f"--pad {chosen.pad} must be smaller than the image size {side}.")
-    if chosen.flip is None:
-        chosen.flip = chosen.data != DIGITS
+    chosen.flip = True if chosen.flip is None else chosen.flip
     chosen.color_jitter = chosen.color_jitter or 0.0
 
 
@@ -362,15 +373,12 @@ def _check_lists(chosen: Options) -> None:
                 "Repeat it for each --teacher in the same order."
             )
     for source, head in zip(chosen.teacher_weights, chosen.teacher_head, strict=True):
-        weights = _resolve_weights(source, chosen.data)
-        if weights == "none" and head == "none":
+        if source == "none" and head in ("none", "keep"):
+            origin = ", the default for the digits" if chosen.data == DIGITS else ""
             raise UsageError(
-                "--teacher-head none requires a trained teacher, and --teacher-weights "
-                f"{source}{', which is none for the digits,' if source != weights else ''} starts from "
-                "scratch. Set --teacher-weights to a file."
+                f"--teacher-head {head} requires a trained teacher, got --teacher-weights none{origin}. Set "
+                "--teacher-weights to a file."
             )
-        if weights == "none" and head == "keep":
-            raise UsageError("--teacher-head keep requires weights with a head, got --teacher-weights none.")
 
 
 def _check_weights_of_losses(chosen: Options, methods: list[str]) -> None:

@@ -106,7 +106,7 @@ def sweep(
     for student in students:
         resolve_name(student)
     if given.image_size is None:
-        defaults = (default_size(given.data, student) for student in students)
+        defaults = (default_size(given.data, student, given.teacher) for student in students)
         given.image_size = max([*sizes, *defaults], key=height_width)
     for size in sizes:
         check_student_size("--student-sizes", size, given.image_size)

@@ -1,6 +1,7 @@
 """Defaults that depend on the data, for the job, ``--help`` and docs/command-line.md."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,14 @@ most 1 point over 216.
 
 DETECTOR_STEPS = 1_000
 """Least steps of detectors, whose heads are new, within as many epochs."""
+
+DIGITS: Mapping[str, Any] = {"teacher_epochs": 6, "epochs": 12, "flip": False}
+"""Options of the built-in digits, with which a first run takes a few minutes on two cores."""
+
+DIGITS_SIZES = 40, 64
+"""Sides of the digits in pixels. The first is their 8 pixels times 5, of which a MobileNet or ResNet makes a
+map of 2 × 2 as of 64; the second suits networks that split images into patches.
+"""
 
 CACHE_VIEWS = 30
 """Ten views of each image, seen three times each, cost accuracy; 30 did not measurably (docs/benchmarks.md).
@@ -49,12 +58,12 @@ TABLE: tuple[Row, ...] = (
     Row("--method", "quest; mimic for detectors", "quest+mimic if one teacher's vector can be matched"),
     Row(
         "--epochs",
-        "20; 60 from 2,000, 100 from 100,000 images; detectors 40, 24 from 100,000",
+        "20; 60 from 2,000, 100 from 100,000 images; 12 for digits; detectors 40, 24 from 100,000",
         "20; 10 from 100,000 images; up to 40 for 300 steps, of detectors for 1,000",
     ),
     Row(
         "--teacher-epochs",
-        "10; 60 from 2,000, 100 from 100,000 images; detectors 40, 24 from 100,000",
+        "10; 60 from 2,000, 100 from 100,000 images; 6 for digits; detectors 40, 24 from 100,000",
         "10; 5 from 100,000 images; up to 40 for 300 steps; detectors as --epochs",
     ),
     Row(
@@ -78,7 +87,7 @@ TABLE: tuple[Row, ...] = (
     Row("--flip", "on; off for digits"),
     Row("--color-jitter", "0"),
     Row("--val-fraction", "0.1"),
-    Row("--image-size", "the student's; 64 for digits"),
+    Row("--image-size", "the student's; 40 for digits"),
     Row(
         "--cache-views", "30, at most --epochs; 0 if the outputs would take more than 4 GiB, or with a recipe"
     ),

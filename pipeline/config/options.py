@@ -284,7 +284,7 @@ class Options(BaseModel):
     seed: int = training_option("seed of weights, order and augmentation", 0, ge=0)
 
     image_size: ImageSize | None = image_option(
-        "pixels of the input: of its side, such as 224, or height,width, such as 96,36 [default: the student's; digits: 64]"
+        "pixels of the input: of its side, such as 224, or height,width, such as 96,36 [default: the student's; digits: 40]"
     )
     student_size: ImageSize | None = image_option(
         "size of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",

@@ -103,7 +103,7 @@ def test_methods_that_read_logits_are_refused(
 @pytest.mark.parametrize("more", [("--teacher-weights", "none"), ("--data", "digits")])
 def test_headless_teacher_needs_weights(more: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     result = little.compress(*OPTIONS, "--method", "mimic", "--data", data, "--out", tmp_path, *more)
-    little.refused(result, 2, "--teacher-head none requires a trained teacher", "scratch")
+    little.refused(result, 2, "--teacher-head none requires a trained teacher", "--teacher-weights")
 
 
 def test_deeper_network_is_not_taken_for_one_with_a_projector(data: Path, tmp_path: Path) -> None:

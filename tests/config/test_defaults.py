@@ -1,7 +1,8 @@
-"""The default of --method, which depends on networks and weights."""
+"""Defaults that depend on networks, weights and the built-in digits."""
 
 import pytest
 from questpress.pipeline.api.options import choose_method
+from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.config.options import Options
 
 
@@ -10,7 +11,6 @@ from questpress.pipeline.config.options import Options
     [
         ({}, "quest+mimic"),
         ({"student_weights": "none"}, "quest"),
-        ({"data": "digits"}, "quest"),
         ({"student": "cifar_resnet8"}, "quest"),  # has no published weights
         ({"student": "cifar_resnet8", "student_weights": "file.safetensors"}, "quest+mimic"),
         ({"teacher": ["resnet18", "resnet34"], "teacher_weights": ["auto"] * 2}, "quest"),
@@ -27,3 +27,11 @@ def test_method_fits_networks_and_weights(changed: dict[str, object], method: st
         "teacher_head": ["auto"] * len(changed.get("teacher", "1")), **changed,
     }  # fmt: skip
     assert choose_method(Options.model_validate(options)) == method
+
+
+@pytest.mark.parametrize(("teacher", "size"), [("cifar_resnet20", 40), ("vit_tiny_patch16_224", 64)])
+def test_digits_are_small_and_learned_from_scratch(teacher: str, size: int) -> None:
+    chosen, _ = resolve(Options(teacher=[teacher], student="mobilenetv2_050", dry_run=True))
+    assert (chosen.image_size, chosen.epochs, chosen.teacher_epochs) == (size, 12, 6)
+    assert (chosen.teacher_weights, chosen.student_weights) == (["none"], "none")
+    assert (chosen.method, chosen.crop, chosen.flip) == ("quest", "pad", False)
