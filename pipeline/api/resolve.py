@@ -246,6 +246,10 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     )
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
+    assert chosen.image_size is not None
+    sides = [*height_width(chosen.image_size), *height_width(chosen.student_size or chosen.image_size)]
+    if chosen.precision == "auto" and min(sides) <= defaults.FP32_SIDE:
+        chosen.precision = "fp32"
     _choose_export(chosen)
     _choose_views(chosen, data)
 
