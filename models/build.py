@@ -162,7 +162,7 @@ def _describe_unknown(typed: str) -> str:
     if not typed:
         return "The model name is empty. `compress models` lists all names."
     near = ", ".join(find_nearest(typed))
-    advice = f"Did you mean {near}?" if near else "`compress models` lists all names."
+    advice = f"Did you mean {near}?" if near else "`compress models` lists all names, --import adds your own."
     return f"Unknown model {typed!r}. {advice}"
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from click.core import ParameterSource
 
 from ...export.text import encodable_json
 from ..config.limits import MAX_THREADS
-from ..config.options import get_group
 from ..errors import UsageError
 from ..runs import process
 from .main import exit_on_error, fail
-from .options import GroupedCommand, SizeType, run_options, select_given
+from .options import GroupedCommand, SizeType, get_heading, run_options, select_given
 
 PATH = click.Path(path_type=Path)
 
@@ -28,6 +28,28 @@ threads_option = click.option(
 cache_option = click.option("--cache", type=PATH, help="cache folder [default: the user's cache folder]")
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
+
+
+def _import_modules(_context: click.Context, _option: click.Parameter, modules: tuple[str, ...]) -> None:
+    """Import modules of the current folder or the environment."""
+    if modules:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever the user's module raises
+            fail(f"Error: --import {name}: {type(error).__name__}: {error}.", 2)
+
+
+import_option = click.Option(
+    ["--import", "modules"],
+    multiple=True,
+    metavar="MODULE",
+    is_eager=True,
+    expose_value=False,
+    callback=_import_modules,
+    help="run a Python module of yours that registers networks with timm; can be repeated",
+)
 
 
 def _print_json(text: str) -> None:
@@ -55,7 +77,7 @@ def run(**options: Any) -> None:
         _print(report, show_report, as_json=options["json_"])
 
 
-run.params += run_options()
+run.params += [*run_options(), import_option]
 
 
 @click.command(cls=GroupedCommand)
@@ -143,7 +165,7 @@ def export(folder: Path, **options: Any) -> None:
 export.params += [
     option
     for option in run.params
-    if option.name in ("quiet", "verbose", "json_") or get_group(str(option.name)) == "Export"
+    if option.name in ("quiet", "verbose", "json_", "modules") or get_heading(str(option.name)) == "Export"
 ]
 
 

@@ -24,6 +24,14 @@ class SizeType(click.ParamType):
             self.fail(f"{value!r}: it {error}.", param, ctx)
 
 
+def get_heading(name: str) -> str:
+    """Return the heading of a command's option."""
+    if name in Options.model_fields:
+        return get_group(name)
+    is_first = name in ("modules", "students", "student_sizes", "methods", "max_latency", "keep")
+    return GROUPS[0] if is_first else GROUPS[-1]
+
+
 class GroupedCommand(click.Command):
     """A command whose options are listed under headings, followed by the table of defaults."""
 
@@ -32,13 +40,7 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                name = str(parameter.name)
-                other = (
-                    GROUPS[0]
-                    if name in ("students", "student_sizes", "methods", "max_latency", "keep")
-                    else GROUPS[-1]
-                )
-                records[get_group(name) if name in Options.model_fields else other].append(record)
+                records[get_heading(str(parameter.name))].append(record)
         for heading, rows in records.items():
             _write_section(formatter, heading, rows)
         flags = {flag for parameter in self.get_params(ctx) for flag in parameter.opts}

@@ -194,3 +194,33 @@ def test_broken_stdout_is_reported(finished, data):
         timeout=60,
     )
     assert closed.stderr == ""
+
+
+NETWORK = """
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, ResNet
+
+
+@register_model
+def narrow_resnet(pretrained=False, **options):
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 24), num_classes=options["num_classes"])
+"""
+
+
+def test_network_of_an_own_module_becomes_an_artifact(data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_networks.py").write_text(NETWORK)
+    options = ("--student", "narrow_resnet", "--until", "export")
+    little.refused(little.job(data, tmp_path / "a", cache, *options), 2, "narrow_resnet")
+    little.check_success(little.job(data, tmp_path / "a", cache, *options, "--import", "my_networks"))
+    assert (tmp_path / "a" / "artifact" / "student.onnx").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(("module", "reason"), [("no_module", "No module"), ("broken", "division by zero")])
+def test_own_module_that_cannot_be_imported_is_refused(module, reason, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "broken.py").write_text("1 / 0")
+    result = compress("--import", module, "--teacher", "resnet18", "--student", "resnet18", "--data", data)
+    little.refused(result, 2, f"--import {module}", reason)
