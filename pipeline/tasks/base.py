@@ -1,7 +1,7 @@
 """The contract of a task: everything that depends on the kind of labels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -21,10 +21,17 @@ from ..runs.scores import Calibration, ClassMeasure, Confusion, Prediction, Prop
 Names = Sequence[str]
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 """The loss of (feature, labels) of a training batch, the mean over its images with labels."""
-CHUNK = 4096
-"""Images that are decoded at once, in float64."""
+CHUNK = 1 << 22
+"""Logits that are decoded at once, in float64."""
 Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
+
+
+def split_rows(logits: ndarray) -> Iterator[slice]:
+    """Yield the rows of logits [n,...] in parts of at most ``CHUNK`` numbers, or single rows."""
+    rows = max(1, CHUNK // max(1, logits[:1].size))
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
 
 
 def compute_labeled_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:
@@ -192,10 +199,9 @@ print(prediction.label, prediction.probability)"""
     ) -> list[tuple[str, float]]:
         """Return each image's prediction as text, with its probability."""
         decoded: list[tuple[str, float]] = []
-        for start in range(0, len(logits), CHUNK):
-            part = logits[start : start + CHUNK]
-            labels = self.describe(self.predict(part, thresholds), classes)
-            decoded += zip(labels, self.confidence(part, thresholds).tolist(), strict=True)
+        for part in split_rows(logits):
+            labels = self.describe(self.predict(logits[part], thresholds), classes)
+            decoded += zip(labels, self.confidence(logits[part], thresholds).tolist(), strict=True)
         return decoded
 
     def reorder(self, logits: ndarray, classes: Sequence[int]) -> ndarray:
@@ -214,8 +220,11 @@ print(prediction.label, prediction.probability)"""
     def judge(self, outputs: Outputs, classes: Names) -> list[Prediction]:
         """Return each image's prediction as text, its probability, and how wrong it is."""
         decoded = self.decode(outputs.logits, classes, outputs.thresholds)
-        severity = self.severity(outputs.logits, outputs.labels, outputs.thresholds)
-        return [Prediction(*row, wrong) for row, wrong in zip(decoded, severity.tolist(), strict=True)]
+        severity: list[float] = []
+        for part in split_rows(outputs.logits):
+            logits, labels = outputs.logits[part], outputs.labels[part]
+            severity += self.severity(logits, labels, outputs.thresholds).tolist()
+        return [Prediction(*row, wrong) for row, wrong in zip(decoded, severity, strict=True)]
 
     # Scores.
 

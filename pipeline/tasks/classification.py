@@ -15,7 +15,17 @@ from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT
 from ..runs.scores import ClassScore, Confusion, Measure, Proportion, Score
-from .base import CHUNK, Chance, LabelLoss, Names, Outputs, PairedTest, Task, Thresholds, compute_labeled_loss
+from .base import (
+    Chance,
+    LabelLoss,
+    Names,
+    Outputs,
+    PairedTest,
+    Task,
+    Thresholds,
+    compute_labeled_loss,
+    split_rows,
+)
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
@@ -112,8 +122,7 @@ class Classification(Task):
 
 def _count_in_top5(logits: ndarray, labels: ndarray) -> int:
     correct = 0
-    for start in range(0, len(logits), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in split_rows(logits):
         best = np.argpartition(-logits[part], 4, axis=1)[:, :5]
         correct += int((best == labels[part, None]).any(1).sum())
     return correct
