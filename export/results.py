@@ -21,7 +21,7 @@ class Result(BaseModel):
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         """Refuse numbers that no run measures: records may be written by others."""
-        for name, value in self:
+        for name, value in vars(self).items():
             is_count = isinstance(value, int) and not 0 <= value < 1 << 63
             if is_count or (isinstance(value, float) and MAX_NUMBER < abs(value) < math.inf):
                 raise ValueError(f"{name} is out of range, got {str(value)[:20]}")

@@ -1,4 +1,4 @@
-"""The whole job by the clock: teacher to artifact, then a second student of the same teacher.
+"""Time, memory and written bytes of the whole job, then of a second student of the same teacher.
 
     python -m benchmarks.training.whole_job --out runs/whole --students mobilenetv2,resnet18 \\
         -- --teacher resnet50
@@ -7,11 +7,14 @@
 
 What stands after -- goes to `compress`. Each student is one run of it in --out, all with one cache of their
 own, empty at the start; from the second on the teacher is the first run's file, and what the first left in
-the cache is used again. Seconds are the clock's around the command, and the report's of each stage.
+the cache is used again. Seconds are the clock's around the command, and the report's of each stage. Memory is
+the peak of the largest process; written are the bytes of files that the command and its child processes
+changed, as Linux counts them (0 on tmpfs).
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,14 +41,21 @@ def job(out: Path, student: str, weights: str, arguments: Sequence[str]) -> dict
     ]  # fmt: skip
     print(f"== {out.name}: {student}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
-    if code:
-        raise SystemExit(f"{out.name} failed with exit code {code}")
+    if process.returncode:
+        raise SystemExit(f"{out.name} failed with exit code {process.returncode}")
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return {
         "student": student,
         "seconds": seconds,
+        "costs": {
+            "processor time, s": usage.ru_utime + usage.ru_stime,
+            "peak memory, MB": usage.ru_maxrss * 1024 / 1e6,
+            "written, MB": usage.ru_oublock * 512 / 1e6,
+        },
         "stages": {stage["stage"]: stage["seconds"] for stage in report["stages"]},
         "top1": report["student"]["score"]["percent"],
         "environment": report["environment"],
@@ -53,14 +63,14 @@ def job(out: Path, student: str, weights: str, arguments: Sequence[str]) -> dict
 
 
 def table(jobs: Sequence[dict[str, Any]]) -> str:
-    """Seconds of each stage and of all, and each run's share of the first's."""
+    """Seconds of each stage and of all, other costs, and each run's fraction of the first's."""
     first, *others = jobs
     stages = list(first["stages"])
-    columns = [{**one["stages"], "by the clock": one["seconds"]} for one in jobs]
+    columns = [{**one["stages"], "by the clock": one["seconds"], **one["costs"]} for one in jobs]
     names = [f"{number}: {one['student']}, s" for number, one in enumerate(jobs, 1)]
     shares = [f"{number} / 1" for number in range(2, len(others) + 2)]
     rows = []
-    for stage in [*stages, "by the clock"]:
+    for stage in [*stages, "by the clock", *first["costs"]]:
         whole = columns[0][stage]
         ratios = [f"{column[stage] / whole:.2f}" if whole else "" for column in columns[1:]]
         rows.append([stage, *(f"{column[stage]:.1f}" for column in columns), *ratios])

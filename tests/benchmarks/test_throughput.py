@@ -1,4 +1,4 @@
-"""The harnesses that take time: rounds of training steps, how costs grow, and the whole job by the clock."""
+"""The harnesses that take time: rounds of training steps, how costs grow, and what they report."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import growth
 from benchmarks.training import ours, peers, pictures, rounds, throughput
 
 
@@ -135,4 +136,14 @@ def test_peers_use_equal_networks_and_pixels(tmp_path: Path) -> None:
     assert next(iter(student.parameters())).is_contiguous(memory_format=torch.channels_last)
 
 
-# Stands for the command: notes what it is called with, and leaves a teacher and a report.
+def test_growth_is_reported_as_an_exponent_with_its_interval() -> None:
+    sizes = [1, 2, 4, 8] * 2
+    exact = growth.fit(sizes, [3 * n**1.5 for n in sizes])
+    assert (exact.value, exact.low, exact.high) == pytest.approx((1.5, 1.5, 1.5))
+    noisy = growth.fit(sizes, [n * factor for n, factor in zip(sizes, [1.1] * 4 + [0.9] * 4, strict=True)])
+    # By hand: slope 1; residuals ±d with d = log(1.1 / 0.9) / 2, so s² = 8d² / 6 and Sxx = 10 log(2)².
+    half = 2.4469 * np.log(1.1 / 0.9) / 2 * np.sqrt(8 / 6 / 10) / np.log(2)
+    assert (noisy.value, noisy.high - 1) == pytest.approx((1.0, half), rel=1e-4)
+    costs = [{"step": {"seconds": 0.3 * n, "megabytes": 1.0, "written": 0.0}} for n in (1, 2, 4, 8)]
+    [row] = growth.rows("images", [growth.Size(images=n) for n in (1, 2, 4, 8)], [costs, costs])
+    assert row == ["step", "s", "0.3", "0.6", "1.2", "2.4", "1.00 (1.00–1.00)"]  # others are noise
