@@ -185,7 +185,7 @@ def _find_pairs(signatures: np.ndarray) -> np.ndarray:
     nearest = np.sort(nearest, 1)[:, :NEIGHBORS]
     pairs = np.stack([np.repeat(np.arange(count), NEIGHBORS), nearest.ravel() % count], 1)
     pairs = pairs[(nearest.ravel() < none) & (pairs[:, 0] != pairs[:, 1])]
-    blocks = np.array_split(pairs, 1 + len(pairs) // 100_000)
+    blocks = np.array_split(pairs, 1 + len(pairs) // 10_000)
     return np.concatenate([block[_are_near(signatures[block, THUMBNAIL])] for block in blocks])
 
 

@@ -1,7 +1,7 @@
 """The contract of a task: everything that depends on the kind of labels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -27,11 +27,10 @@ Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
 
 
-def split_rows(logits: ndarray) -> Iterator[slice]:
-    """Yield the rows of logits [n,...] in parts of at most ``CHUNK`` numbers, or single rows."""
+def split_rows(logits: ndarray) -> list[slice]:
+    """Return the rows of logits [n,...] in parts of at most ``CHUNK`` numbers, or single rows."""
     rows = max(1, CHUNK // max(1, logits[:1].size))
-    for start in range(0, len(logits), rows):
-        yield slice(start, start + rows)
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 def compute_labeled_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:
@@ -198,11 +197,8 @@ print(prediction.label, prediction.probability)"""
         self, logits: ndarray, classes: Names, thresholds: Thresholds = None
     ) -> list[tuple[str, float]]:
         """Return each image's prediction as text, with its probability."""
-        decoded: list[tuple[str, float]] = []
-        for part in split_rows(logits):
-            labels = self.describe(self.predict(logits[part], thresholds), classes)
-            decoded += zip(labels, self.confidence(logits[part], thresholds).tolist(), strict=True)
-        return decoded
+        labels = self.describe(self.predict(logits, thresholds), classes)
+        return list(zip(labels, self.confidence(logits, thresholds).tolist(), strict=True))
 
     def reorder(self, logits: ndarray, classes: Sequence[int]) -> ndarray:
         """Return logits whose class number i is class ``classes[i]``."""
@@ -219,12 +215,13 @@ print(prediction.label, prediction.probability)"""
 
     def judge(self, outputs: Outputs, classes: Names) -> list[Prediction]:
         """Return each image's prediction as text, its probability, and how wrong it is."""
-        decoded = self.decode(outputs.logits, classes, outputs.thresholds)
-        severity: list[float] = []
+        judged: list[Prediction] = []
         for part in split_rows(outputs.logits):
             logits, labels = outputs.logits[part], outputs.labels[part]
-            severity += self.severity(logits, labels, outputs.thresholds).tolist()
-        return [Prediction(*row, wrong) for row, wrong in zip(decoded, severity, strict=True)]
+            decoded = self.decode(logits, classes, outputs.thresholds)
+            severity = self.severity(logits, labels, outputs.thresholds).tolist()
+            judged += [Prediction(*row, wrong) for row, wrong in zip(decoded, severity, strict=True)]
+        return judged
 
     # Scores.
 

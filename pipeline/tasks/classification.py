@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -15,17 +16,7 @@ from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT
 from ..runs.scores import ClassScore, Confusion, Measure, Proportion, Score
-from .base import (
-    Chance,
-    LabelLoss,
-    Names,
-    Outputs,
-    PairedTest,
-    Task,
-    Thresholds,
-    compute_labeled_loss,
-    split_rows,
-)
+from .base import Chance, LabelLoss, Names, Outputs, PairedTest, Task, Thresholds, compute_labeled_loss
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
@@ -78,7 +69,8 @@ class Classification(Task):
         if counts.max() > UNEVEN * counts[shown].min():
             details[BALANCED] = Measure(percent=100 * float((correct[shown] / counts[shown]).mean()))
         if logits.shape[1] > 10:
-            top5 = Proportion.from_counts(_count_in_top5(logits, labels), len(labels))
+            best = torch.from_numpy(logits).topk(5).indices.numpy()
+            top5 = Proportion.from_counts(int((best == labels[:, None]).any(1).sum()), len(labels))
             details[TOP5] = Measure(percent=top5.percent, low=top5.low, high=top5.high)
         rows = zip(classes, counts.tolist(), correct.tolist(), strict=False)
         return Score(
@@ -118,11 +110,3 @@ class Classification(Task):
         test = self.compare(Outputs(fp32, labels), Outputs(int8, labels))
         lost = round(test.points * len(labels) / 100)
         return PairedTest(test.p, lost <= CHANCE_IMAGES and test.p >= SIGNIFICANT)
-
-
-def _count_in_top5(logits: ndarray, labels: ndarray) -> int:
-    correct = 0
-    for part in split_rows(logits):
-        best = np.argpartition(-logits[part], 4, axis=1)[:, :5]
-        correct += int((best == labels[part, None]).any(1).sum())
-    return correct
