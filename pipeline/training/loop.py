@@ -245,7 +245,7 @@ def train(
             start = 0
             stop, save = state.requests((epoch + 1) * steps, now=True)
             if stop or save or epoch + 1 == plan.epochs:
-                state.save(epoch + 1, start)
+                state.save(epoch + 1, start, is_last=epoch + 1 == plan.epochs)
                 stop, _ = state.requests((epoch + 1) * steps, now=True)  # a signal while it was saved
         if stop:
             raise STOP.take(stop)
@@ -296,8 +296,11 @@ class TrainingState:
         self.agreed_step, self.agreed_at, self.next_agreement = step, time_now, step + steps
         return stop, saves > 0
 
-    def save(self, epoch: int, step: int) -> None:
-        """Save the state after ``step`` steps of ``epoch``. Every rank has to call this."""
+    def save(self, epoch: int, step: int, *, is_last: bool = False) -> None:
+        """Save the state after ``step`` steps of ``epoch``, the last one without the optimizer's moments.
+
+        Every rank has to call this.
+        """
         started = time.perf_counter()
         self.task.average_statistics(self.ranks)
         for sums in self.running_sums():
@@ -305,7 +308,7 @@ class TrainingState:
         state = {
             **self.task.get_checkpoint_state(),
             "averages": self.task.averages.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() | ({"state": {}} if is_last else {}),
             "meter": self.meter.state_dict(),
             "epoch": epoch,
             "step": step,
