@@ -1,5 +1,6 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -146,9 +147,8 @@ def _make_teacher(
                 permute_head(network, rows)
                 val = None if val is None else (context.task.reorder(val[0], rows), val[1])
         test = compute_split_logits(context, data, spec, network, "test")
-    if context.ranks.is_main:
-        with atomic_write(context.folder.path / spec.file) as part:
-            save_weights(network, part, weights_metadata(spec, data.classes, context.key, initial.license))
+    if context.ranks.is_main and head in ("kept", "none"):  # others were written when they were trained
+        _write_weights(context, data, spec, network, initial)
     subject = Subject(
         name=spec.name,
         weights=weights,
@@ -205,13 +205,27 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
     curve = [line for line in context.folder.curves() if get_training(line) == training]
     _check_finished_learning(context, spec, [Epoch.model_validate_json(line) for line in curve])
 
+    file = _write_weights(context, data, spec, network, initial)
+
     def write(folder: Path) -> None:
-        save_weights(network, folder / WEIGHTS, weights_metadata(spec, data.classes, key, initial.license))
+        try:
+            (folder / WEIGHTS).hardlink_to(file)
+        except OSError:  # on another disk
+            shutil.copyfile(file, folder / WEIGHTS)
         (folder / EPOCHS).write_text("\n".join(curve), encoding="utf-8")
 
     if not is_cached:
         context.cache.put(TRAINED, key, write)
     return network
+
+
+def _write_weights(
+    context: RunContext, data: TrainingData, spec: NetworkSpec, network: nn.Module, initial: InitialNetwork
+) -> Path:
+    file = context.folder.path / spec.file
+    with atomic_write(file) as part:
+        save_weights(network, part, weights_metadata(spec, data.classes, context.key, initial.license))
+    return file
 
 
 def _train(

@@ -326,6 +326,7 @@ def test_trained_teacher_is_taken_from_the_cache(
         return stderr, facts, [weights(file) for file in sorted(out.glob("teache*[0-9r].safetensors"))]
 
     before = run(tmp_path / "first", *both)
+    assert all(file.stat().st_nlink == 2 for file in (tmp_path / "first").glob("teache*[0-9r].safetensors"))
     after = run(tmp_path / ("first" if "--fresh" in second else "second"), *both, *second)
     assert before[0].count("taken from the cache") == 0 and len(before[2]) == max(cached, 1)
     assert len(before[1]["epochs"]) == 2 * len(before[2]) and before[1]["teachers"][-1]["head"] == "replaced"
