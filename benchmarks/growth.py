@@ -12,7 +12,7 @@ first runs a tiny job, so that imports and first uses are not counted.
 
 An exponent is the slope of the least-squares line through the logarithms of all repetitions: 1 is
 proportional growth, less means that a part is fixed. Its 95 % interval follows from the residuals. Costs
-below a limit at the largest size are noise and have no exponent.
+below 0.2 s, 20 MB and 2 MB written at the largest size have none.
 """
 
 import argparse
@@ -63,12 +63,8 @@ SERIES: dict[str, list[Size]] = {
     "classes": [Size(images=10_000, classes=n) for n in (10, 100, 1000, 10_000)],
 }
 
-COSTS: dict[str, tuple[float, str]] = {
-    "seconds": (0.2, "s"),
-    "megabytes": (20.0, "MB"),
-    "written": (2.0, "MB"),
-}
-"""Least cost that has an exponent, and its unit."""
+COSTS: dict[str, tuple[float, int]] = {"seconds": (0.2, 1), "megabytes": (20.0, 0), "written": (2.0, 0)}
+"""Least cost at the largest size that has an exponent, and the decimal places shown."""
 
 
 def write_images(folder: Path, size: Size) -> None:
@@ -200,12 +196,12 @@ class Exponent:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def fit(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
     """Return b of the least-squares line log(cost) = a + b·log(size), with its 95 % interval."""
-    line = linregress(np.log(sizes), np.log(np.maximum(costs, 1e-6)))
+    line = linregress(np.log(sizes), np.log(costs))
     margin = float(t.ppf(0.975, len(sizes) - 2) * line.stderr) if len(sizes) > 2 else float("inf")
     return Exponent(float(line.slope), float(line.slope) - margin, float(line.slope) + margin)
 
@@ -213,21 +209,20 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
 def rows(
     name: str, sizes: Sequence[Size], repetitions: Sequence[Sequence[Mapping[str, Mapping[str, float]]]]
 ) -> Iterator[list[str]]:
-    """Yield a row for each part and cost of a series: medians at each size, and the exponent."""
+    """Yield a row for each part: its time at each size, other costs at the largest, and the exponents."""
     numbers = [getattr(size, name) for size in sizes]
     for part in repetitions[0][0]:
-        for cost, (least, unit) in COSTS.items():
+        row, is_noise = [part], True
+        for cost, (least, digits) in COSTS.items():
             columns = [[run[i][part][cost] for run in repetitions] for i in range(len(sizes))]
-            if median(columns[-1]) < least:
-                continue
             points = [(n, value) for n, column in zip(numbers, columns, strict=True) for value in column]
-            shown = [f"{median(column):.{1 if unit == 's' else 0}f}" for column in columns]
-            yield [
-                part,
-                f"{cost}, {unit}" if cost == "written" else unit,
-                *shown,
-                str(fit(*zip(*points, strict=True))),
-            ]
+            shown = [f"{median(column):,.{digits}f}" for column in columns]
+            row += shown if cost == "seconds" else shown[-1:]
+            has_exponent = median(columns[-1]) >= least and min(map(min, columns)) > 0
+            row.append(str(fit(*zip(*points, strict=True))) if has_exponent else "")
+            is_noise = is_noise and not has_exponent
+        if not is_noise:
+            yield row
 
 
 def main() -> None:
@@ -260,8 +255,10 @@ def main() -> None:
         sizes = chosen[name]
         fixed = ", ".join(f"{v:,} {k}" for k, v in asdict(sizes[0]).items() if k != name)
         print(f"{name[0].upper()}{name[1:]} ({fixed})\n")
-        heads = [f"{getattr(size, name):,}" for size in sizes]
-        print(markdown(["part", "", *heads, "exponent"], rows(name, sizes, repetitions)), flush=True)
+        times = [f"{getattr(size, name):,}: s" for size in sizes]
+        last = times[-1].removesuffix("s")
+        heads = ["part", *times, "exponent", f"{last}MB", "exponent", f"{last}written, MB", "exponent"]
+        print(markdown(heads, rows(name, sizes, repetitions)), flush=True)
 
 
 if __name__ == "__main__":
