@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ...models.checkpoint import save_weights, tensors_digest
+from ...models.checkpoint import tensors_digest
 from ...models.initialize import initialize, parameters, student_source
 from ...models.weights import classifier_weight
 from .. import methods
@@ -33,7 +33,7 @@ from ..training.student import HEADS, build_methods, method_setup, save_heads, s
 from ..training.task import DistillationTask, Teacher
 from ..training.teacher_cache import TeacherCache
 from ..training.trainer import build_plan, choose_run_engine, compute_split_logits, run_training
-from ..training.weights import load_network, load_teacher, weights_metadata
+from ..training.weights import load_network, load_teacher, write_weights
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -107,8 +107,7 @@ def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) 
             save_heads(task, part)
         outputs.append(HEADS)
     if is_main:
-        with atomic_write(run / spec.file) as part:
-            save_weights(shipped, part, weights_metadata(spec, data.classes, context.key, initial.license))
+        write_weights(run, spec, shipped, data.classes, context.key, initial.license)
     subject = Subject(
         name=spec.name, weights=initial.weights, parameters=parameters(shipped), license=initial.license
     )

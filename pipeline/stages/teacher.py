@@ -16,7 +16,7 @@ from torch import nn
 
 from ...export.runtime import height_width
 from ...models.build import default_image_size
-from ...models.checkpoint import read_checkpoint, save_weights
+from ...models.checkpoint import read_checkpoint
 from ...models.initialize import InitialNetwork, initialize, parameters
 from ...models.weights import load_into, permute_head
 from ..config.network import NetworkSpec
@@ -43,7 +43,7 @@ from ..training.trainer import (
     compute_split_logits,
     run_training,
 )
-from ..training.weights import weights_metadata
+from ..training.weights import write_weights
 
 LOGITS = "teacher.logits.safetensors"
 """fp32 logits on test of each teacher with a head, to compare the student with."""
@@ -148,7 +148,7 @@ def _make_teacher(
                 val = None if val is None else (context.task.reorder(val[0], rows), val[1])
         test = compute_split_logits(context, data, spec, network, "test")
     if context.ranks.is_main and head in ("kept", "none"):  # others were written when they were trained
-        _write_weights(context, data, spec, network, initial)
+        write_weights(context.folder.path, spec, network, data.classes, context.key, initial.license)
     subject = Subject(
         name=spec.name,
         weights=weights,
@@ -204,8 +204,7 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
         return network
     curve = [line for line in context.folder.curves() if get_training(line) == training]
     _check_finished_learning(context, spec, [Epoch.model_validate_json(line) for line in curve])
-
-    file = _write_weights(context, data, spec, network, initial)
+    file = write_weights(context.folder.path, spec, network, data.classes, context.key, initial.license)
 
     def write(folder: Path) -> None:
         try:
@@ -217,15 +216,6 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
     if not is_cached:
         context.cache.put(TRAINED, key, write)
     return network
-
-
-def _write_weights(
-    context: RunContext, data: TrainingData, spec: NetworkSpec, network: nn.Module, initial: InitialNetwork
-) -> Path:
-    file = context.folder.path / spec.file
-    with atomic_write(file) as part:
-        save_weights(network, part, weights_metadata(spec, data.classes, context.key, initial.license))
-    return file
 
 
 def _train(

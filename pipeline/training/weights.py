@@ -12,7 +12,7 @@ from torch import nn
 
 from ...models.build import Size, build
 from ...models.catalog import check_published, has_pretrained
-from ...models.checkpoint import read_checkpoint
+from ...models.checkpoint import read_checkpoint, save_weights
 from ...models.initialize import initialize
 from ...models.weights import load_into
 from ..config.network import NetworkSpec
@@ -45,6 +45,15 @@ def weights_metadata(
         **({} if spec.activation is None else {"activation": spec.activation}),
         **({} if license is None else {"license": license}),
     }
+
+
+def write_weights(
+    run: Path, spec: NetworkSpec, network: nn.Module, classes: Sequence[str], key: str, license: str | None
+) -> Path:
+    """Write a network's weights into a run folder and return the file."""
+    with atomic_write(run / spec.file) as part:
+        save_weights(network, part, weights_metadata(spec, classes, key, license))
+    return run / spec.file
 
 
 def load_network(run: Path, spec: NetworkSpec) -> nn.Module:
