@@ -397,15 +397,27 @@ def _multiples(image_size: Size, step: int) -> tuple[Size | None, Size]:
     return below if min(below) else None, (above[0] * step, above[1] * step)
 
 
-def _run_shapes(full: str, image_size: Size) -> None:
+def fits_bf16(name: str, image_size: Size) -> bool:
+    """Return False if a strided convolution reads a map of one row or column."""
+    # In bf16 torch leaves parts of its weights' gradient uninitialized on CPUs (torch 2.14, oneDNN).
+    return not _run_shapes(resolve(name), image_size)
+
+
+def _run_shapes(full: str, image_size: Size) -> bool:
+    """Run a network on meta; return True if a strided convolution reads one row or column."""
     import torch
     from timm.layers import to_2tuple
 
     with torch.device("meta"):
         network = create_network(full, 2, image_size).eval()
     _check_patches(network, full, image_size)
+    strided = [False]
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and max(module.stride) > 1:
+            module.register_forward_pre_hook(lambda _, inputs: strided.append(1 in inputs[0].shape[-2:]))
     with torch.no_grad():
         network(torch.empty(1, 3, *to_2tuple(image_size), device="meta"))
+    return any(strided)
 
 
 def _fits(full: str, image_size: Size) -> bool:

@@ -1,7 +1,7 @@
 """Merge a recipe, a config file and the options given by the user into ``Options``."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ...models.build import is_detector
+from ...models.build import check_size, default_image_size, is_detector
 from ...models.catalog import has_pretrained
 from ...models.errors import ModelError
 from .. import methods
@@ -18,7 +18,7 @@ from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
 from ..methods.shapes import check_methods
-from ..runs.files import data_text
+from ..runs.files import DIGITS, data_text
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
 
@@ -107,6 +107,28 @@ def starts_from_scratch(chosen: Options) -> bool:
     if chosen.student_weights != "auto":
         return chosen.student_weights == "none"
     return not has_pretrained(chosen.student)
+
+
+def default_size(data: str, student: str, teachers: Sequence[str]) -> int:
+    """Return the default side of the networks' input in pixels."""
+    if data != DIGITS:
+        return default_image_size(student)
+    small, larger = defaults.DIGITS_SIZES
+    try:
+        for name in (student, *teachers):
+            check_size(name, small)
+    except ModelError:
+        return larger
+    return small
+
+
+def fill_digits(chosen: Options) -> None:
+    """Fill in the defaults for the built-in digits, which published weights do not help with."""
+    chosen.teacher_weights = ["none" if source == "auto" else source for source in chosen.teacher_weights]
+    chosen.student_weights = "none" if chosen.student_weights == "auto" else chosen.student_weights
+    for name, value in defaults.DIGITS.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
 
 
 def _fit(method: str, chosen: Options) -> bool:

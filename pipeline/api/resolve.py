@@ -14,7 +14,7 @@ from ...export.runtime import Size, detect_target, height_width, make_size
 from ...models.build import (
     check_activation,
     check_size,
-    default_image_size,
+    fits_bf16,
     has_batch_norm,
     is_detector,
     show_size,
@@ -40,7 +40,7 @@ from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
 from ..training.weights import check_weights_file
-from .options import check_optimizer, choose_method, starts_from_scratch
+from .options import check_optimizer, choose_method, default_size, fill_digits, starts_from_scratch
 
 MAX_STRETCH = 1.1
 """Largest difference in shape between the student's input and the teacher's."""
@@ -65,7 +65,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     chosen = options.model_copy(deep=True)
     _repeat_teacher(chosen)
     if chosen.data == DIGITS:
-        _fill_digits(chosen)
+        fill_digits(chosen)
     _check_lists(chosen)
     _check_networks(chosen)
     if chosen.method == "auto":
@@ -171,19 +171,6 @@ def _check_networks(chosen: Options) -> None:
         raise UsageError(str(error)) from error
 
 
-def default_size(data: str, student: str, teachers: Sequence[str]) -> int:
-    """Return the default side of the networks' input in pixels."""
-    if data != DIGITS:
-        return default_image_size(student)
-    small, larger = defaults.DIGITS_SIZES
-    try:
-        for name in (student, *teachers):
-            check_size(name, small)
-    except ModelError:
-        return larger
-    return small
-
-
 def check_student_size(option: str, size: Size, image_size: Size) -> None:
     """Raise UsageError unless a student can see the teacher's crops scaled down to ``size``."""
     (height, width), (tall, wide) = height_width(size), height_width(image_size)
@@ -200,15 +187,6 @@ def check_student_size(option: str, size: Size, image_size: Size) -> None:
             f"{problem.replace('is larger than', 'has another shape than')}. The student sees the teacher's "
             f"crops scaled down: use {show_size(fitting)}, or another --image-size."
         )
-
-
-def _fill_digits(chosen: Options) -> None:
-    """Fill in the defaults for the built-in digits, which published weights do not help with."""
-    chosen.teacher_weights = ["none" if source == "auto" else source for source in chosen.teacher_weights]
-    chosen.student_weights = "none" if chosen.student_weights == "auto" else chosen.student_weights
-    for name, value in defaults.DIGITS.items():
-        if getattr(chosen, name) is None:
-            setattr(chosen, name, value)
 
 
 def _choose(chosen: Options, data: ImageSet) -> None:
@@ -247,8 +225,9 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
     assert chosen.image_size is not None
-    sides = [*height_width(chosen.image_size), *height_width(chosen.student_size or chosen.image_size)]
-    if chosen.precision == "auto" and min(sides) <= defaults.FP32_SIDE:
+    sizes = [*((name, chosen.image_size) for name in chosen.teacher)]
+    sizes.append((chosen.student, chosen.student_size or chosen.image_size))
+    if chosen.precision == "auto" and not all(fits_bf16(name, size) for name, size in sizes):
         chosen.precision = "fp32"
     _choose_export(chosen)
     _choose_views(chosen, data)

@@ -35,8 +35,8 @@ from ..runs.folder import read_config
 from ..runs.record import RECORD
 from ..runs.results import Report
 from .compare import TEACHER, compare
-from .options import merge_config, read_options
-from .resolve import check_student_size, default_size, resolve
+from .options import default_size, merge_config, read_options
+from .resolve import check_student_size, resolve
 from .run import compress
 
 SEARCH, TRIALS = "search.json", "trials"

@@ -8,12 +8,6 @@ from typing import Any
 SMALL_IMAGES = 64
 """Largest median short side, in pixels, of images that are shifted instead of cropped and resized."""
 
-FP32_SIDE = 16
-"""Largest side in pixels of images that are not trained on in bf16 by default: behind a stride of 16 their
-maps are single pixels, and in bf16 torch leaves parts of the gradient of a convolution with a further stride
-uninitialized on CPUs (torch 2.14, oneDNN).
-"""
-
 ADAPTIVE_SCALE = 50.0
 """Learning rate of SGD over that of adaptive optimizers (0.1 and 0.002 are usual)."""
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from questpress.models.build import build, check_size, default_image_size, geometry
+from questpress.models.build import build, check_size, default_image_size, fits_bf16, geometry
 from questpress.models.errors import ModelError, UnknownModel
 from questpress.models.readout import Readouts
 
@@ -106,3 +106,18 @@ def test_wrong_name_is_refused_before_anything_is_built():
         build("resnet5O", num_classes=2, image_size=32)
     with pytest.raises(UnknownModel):
         geometry("resnet5O")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fits"),
+    [
+        ("resnet18", 16, False),
+        ("resnet18", 17, True),
+        ("resnet18", (16, 64), False),
+        ("cifar_resnet8", 8, True),
+        ("retinanet:resnet18", 64, False),  # its last level has a stride of 128
+        ("retinanet:resnet18", 96, True),
+    ],
+)
+def test_strided_convolutions_of_single_pixels_are_found(name, size, fits):
+    assert fits_bf16(name, size) is fits
