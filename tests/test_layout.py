@@ -29,13 +29,13 @@ MORE_ENTRIES = {
     "pipeline/api": 13,  # a file for each command, and their inputs
     "pipeline/methods": 16,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
-    "tests": 24,  # the folders of the source, and tests of the whole repository
+    "tests": 25,  # the folders of the source, and tests of the whole repository
     "tests/data": 14,  # a file for each step from a file to a view
-    "tests/support": 14,  # a file for each kind of toy
+    "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 199, 40_290, 30_125
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 199, 40_290, 31_115
 """Only a new feature may raise these."""
 
 

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from questpress.pipeline.data.render import (
 )
 from questpress.pipeline.data.views import ViewPolicy, draw_crops, list_views
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -214,40 +212,6 @@ def test_rows_copied_from_the_host_give_the_same_crops(policy: ViewPolicy) -> No
     assert len(there) == 60
     expected = render_views(done.pixels, indices, box, flips, 12, policy)
     assert render_views(there, among, moved, flips, 12, policy).equal(expected)
-
-
-class Copies(TorchDispatchMode):
-    """Sees every copy from the host to the device 'meta', which has shapes but no values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.awaited: list[bool] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        to = torch.device(kwargs.get("device") or "cpu").type
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and to == "meta":
-            self.awaited.append(not kwargs.get("non_blocking"))
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("resident", ["device", "host"])
-@pytest.mark.parametrize("size", [12, 8])
-@pytest.mark.parametrize(
-    "policy",
-    [
-        ViewPolicy("resized_crop", color_jitter=0.4),
-        ViewPolicy("pad_crop", side=12, crop=12, pad=3, color_jitter=0.4, randaugment=(8, 9), erasing=0.5),
-    ],
-)
-def test_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:
-    done = small() if policy.kind == "pad_crop" else photos()
-    pixels = done.pixels.to("meta") if resident == "device" else done.pixels
-    views = Views(done.labels, done.keys, policy, 0, size, pixels)
-    with Copies() as copies:  # reading a value from 'meta' is an error
-        batch, labels = views.batch(torch.arange(6), torch.arange(6), "meta")
-    assert batch.device.type == labels.device.type == "meta" and batch.shape == (6, 3, size, size)
-    assert copies.awaited and not any(copies.awaited)
 
 
 def test_batches_of_a_plan_equal_single_batches() -> None:
