@@ -53,13 +53,13 @@ def compute_split_logits(
 ) -> LogitsAndLabels | None:
     """Return fp32 logits [n,classes] and labels of a split, at most of ``limit`` images; None if empty.
 
-    Each rank computes its part, so all have to call this.
+    The network is moved to the run's device. Each rank computes its part, so all have to call this.
     """
     pixels, labels, _ = data.rendered(split, spec, limit)
     if not len(labels):
         return None
     part = compute_logits(
-        network,
+        network.to(context.device),
         Normalize(spec.geometry.mean, spec.geometry.std).to(context.device),
         pixels[context.ranks.part(len(pixels))],
         Engine(context.device, threads(), "fp32"),
