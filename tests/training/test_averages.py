@@ -61,13 +61,6 @@ def test_average_of_the_last_epochs_is_their_mean_statistics_included(tmp_path: 
             np.testing.assert_allclose(value, mean, atol=1e-6, err_msg=name)
 
 
-def test_average_takes_integer_buffers_by_a_single_tensor_function() -> None:
-    last = Averages(supervised().network, last=2).last
-    assert last is not None
-    assert last.avg_fn is not None  # else torch chooses a multi-tensor average on GPUs
-    assert last.multi_avg_fn is None
-
-
 def test_network_itself_is_evaluated_before_averaging() -> None:
     network = supervised().network
     averages = Averages(network, last=2)
