@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from questpress.pipeline.runs.files import write_json
 
 GRACE_SECONDS = 60
 """How long an interrupted command may take to stop."""
+
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,19 @@ class Table:
         ends = None if budget is None else time.monotonic() + budget
         finished = True
         for cell in self.cells:
-            result = self._result(cell)
             left = None if ends is None else ends - time.monotonic()
-            if result is None and (left is None or left > 0):
-                result = self._run(cell, left)
-            if result is None:
-                finished = False  # what comes after it may be done all the same
-            else:
-                self.done[cell.name] = result
+            # What comes after an unfinished cell may be done all the same.
+            finished = self.run_cell(cell, left) and finished
         return finished
+
+    def run_cell(self, cell: Cell, seconds: float | None) -> bool:
+        """Run what is missing of a cell, within a time; return True if it is done."""
+        result = self._result(cell)
+        if result is None and (seconds is None or seconds > 0):
+            result = self._run(cell, seconds)
+        if result is not None:
+            self.done[cell.name] = result
+        return result is not None
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """The cells that are done, each with the machine, the versions and the options it was made with."""
@@ -136,15 +143,9 @@ class Table:
         ]  # fmt: skip
         write_json(self._arguments(cell), list(cell.arguments))
         print(f"== {cell.name}", file=sys.stderr, flush=True)
-        # A process group of its own, so that the signal reaches it and not this program.
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        code = run_command(command, seconds)
+        if code is None:
             return None
-        finally:
-            # Whatever ends this program, the run it has begun must not go on without it.
-            _stop(process)
         if code != 0:
             raise SystemExit(f"{cell.name} failed with exit code {code}")
         return self._result(cell)
@@ -154,6 +155,28 @@ def _short(calibration: Mapping[str, Any] | None) -> dict[str, float] | None:
     """Its figures, without the bins: ECE and its interval in percent, entropy and NLL in nats."""
     names = ("ece", "ece_low", "ece_high", "confidence", "accuracy", "entropy", "nll")
     return None if calibration is None else {name: calibration[name] for name in names}
+
+
+def run_command(
+    command: Sequence[str], seconds: float | None, stop: Callable[[], bool] = lambda: False
+) -> int | None:
+    """Run a command without its output; its exit code, or None if it was stopped.
+
+    Args:
+        seconds: after which it is stopped by SIGTERM.
+        stop: called several times a second; stops it, too.
+    """
+    # A process group of its own, so that the signal reaches it and not this program.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    ends = None if seconds is None else time.monotonic() + seconds
+    try:
+        while (ends is None or time.monotonic() < ends) and not stop():
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=POLL_SECONDS)
+        return None
+    finally:
+        # Whatever ends this program, the run it has begun must not go on without it.
+        _stop(process)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

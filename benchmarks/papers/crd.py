@@ -158,6 +158,9 @@ RECIPES = {
 }
 
 
+COLUMNS = ("pair", "method", "top-1, %", "published", "difference", "student's minutes", "seeds")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -192,16 +195,15 @@ def main() -> None:
     methods = {
         name: [*(stored if name != "none" else []), *(top if name == "quest" else [])] for name in chosen
     }
-    table = Table(options.out, _cells(options.out, pairs, methods, options.seeds, common))
-    columns = ["pair", "method", "top-1, %", "published", "difference", "student's minutes", "seeds"]
+    table = Table(options.out, build_cells(options.out, pairs, methods, options.seeds, common))
     about = {"benchmark": "CRD, CIFAR-100", "recipes": RECIPES}
-    run_and_write(table, options.budget, about, lambda: markdown(columns, _rows(table, pairs, chosen)))
+    run_and_write(table, options.budget, about, lambda: markdown(COLUMNS, build_rows(table, pairs, chosen)))
 
 
-def _cells(
+def build_cells(
     out: Path, pairs: list[str], methods: dict[str, list[str]], seeds: str, common: list[str]
 ) -> list[Cell]:
-    """``methods``: further options of each."""
+    """Return each pair's teacher and students; ``methods`` has further options of each."""
     teachers = {PAIRS[pair][0]: PAIRS[pair][1] for pair in pairs}
     alone = ["--recipe", RECIPES["none"], "--teacher-weights", "none", *common]
     cells = [
@@ -228,7 +230,8 @@ def _cells(
     return cells
 
 
-def _rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[str]]:
+def build_rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[str]]:
+    """Return a row for each teacher and student, with the published accuracy."""
     rows = []
     for pair in pairs:
         teacher, _, published = PAIRS[pair]

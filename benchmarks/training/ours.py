@@ -218,8 +218,8 @@ class Setting:
 
 def step(
     setting: Setting, method: str | None, *, stored: bool = False, **parameters: Any
-) -> Callable[[], None]:
-    """Return a function that runs one step of ``train``.
+) -> Callable[[], Meter]:
+    """Return a function that runs one step of ``train`` and returns the sums of all steps' losses.
 
     Args:
         method: None trains without a teacher.
@@ -256,7 +256,7 @@ def step(
     numbers = count()
     task.train()
 
-    def step() -> None:
+    def step() -> Meter:
         batch, number = next(batches), next(numbers)
         torch.manual_seed(number)
         scheduler.step_update(number)
@@ -265,6 +265,7 @@ def step(
             backward(task, batch, None, meter)
             optimizer.step()
             task.end_step()
+        return meter
 
     return step
 

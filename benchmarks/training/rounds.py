@@ -32,7 +32,7 @@ class Subject:
 
     name: str
     images: int
-    step: Callable[[], None]
+    step: Callable[[], Any]
     begin: Callable[[], None] = nothing
     end: Callable[[], None] = nothing
 

@@ -71,7 +71,7 @@ PAIRS = {
 
 SAMPLED = ", sampled positions"
 
-OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
+OURS: dict[str, Callable[[Setting], Callable[[], Any]]] = {
     "supervised": lambda setting: ours.step(setting, None),
     "teacher alone": ours.teacher_alone,
     "QuEST stored": lambda setting: ours.step(setting, "quest", stored=True),
@@ -145,29 +145,8 @@ def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time a pair; what was found."""
-    pair = PAIRS[name]
-    images = _images(pair, options)
-    synchronise = torch.cuda.synchronize if options.device.startswith("cuda") else nothing
     with ExitStack() as held:
-        setting = Setting(
-            teacher=pair.teacher,
-            student=pair.student,
-            size=pair.size,
-            batch=options.batch or pair.batch,
-            images=images.train,
-            classes=len(images.classes),
-            words=options.words or choose_words(len(images.train)),
-            top=options.top,
-            positions=options.positions,
-            device=options.device,
-            threads=options.threads,
-            precision=options.precision,
-            compile=options.compile,
-            workers=options.workers,
-            scratch=Path(held.enter_context(TemporaryDirectory(prefix="questpress-throughput-"))),
-            weights=options.teacher_weights,
-            race=options.race,
-        )
+        setting, source = build_setting(name, options, held)
         chosen = list(subjects(setting, options.subjects, held))
         timed = measure(
             chosen,
@@ -175,15 +154,15 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             rounds=options.rounds,
             threads=options.threads,
             seed=options.seed,
-            synchronise=synchronise,
+            synchronise=wait_for_device(options.device),
             tell=say,
         )
     return {
         "pair": name,
-        **asdict(pair),
+        **asdict(PAIRS[name]),
         "batch": setting.batch,
         "words": setting.words,
-        "images": images.source,
+        "images": source,
         "engines": {"student": str(setting.engine), "teacher": str(setting.teacher_engine)},
         "workers": {
             "torchdistill": min(options.workers, peers.TORCHDISTILL_WORKERS),
@@ -192,6 +171,37 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "rates": rates(timed, options.seed),
         "ratios": compare(timed, comparisons({one.subject for one in timed}), options.seed),
     }
+
+
+def build_setting(name: str, options: argparse.Namespace, held: ExitStack) -> tuple[Setting, str]:
+    """Return the setting of a pair and the source of its images; ``held`` removes its files."""
+    pair = PAIRS[name]
+    images = _images(pair, options)
+    setting = Setting(
+        teacher=pair.teacher,
+        student=pair.student,
+        size=pair.size,
+        batch=options.batch or pair.batch,
+        images=images.train,
+        classes=len(images.classes),
+        words=options.words or choose_words(len(images.train)),
+        top=options.top,
+        positions=options.positions,
+        device=options.device,
+        threads=options.threads,
+        precision=options.precision,
+        compile=options.compile,
+        workers=options.workers,
+        scratch=Path(held.enter_context(TemporaryDirectory(prefix="questpress-throughput-"))),
+        weights=options.teacher_weights,
+        race=options.race,
+    )
+    return setting, images.source
+
+
+def wait_for_device(device: str) -> Callable[[], None]:
+    """Return a function that waits until the device has nothing left to do."""
+    return torch.cuda.synchronize if device.startswith("cuda") else nothing
 
 
 def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
@@ -289,8 +299,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     # Held worker processes must be let go, whatever ends this program.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The peers' loaders warn of more workers than cores, and of tensors that no process shares.

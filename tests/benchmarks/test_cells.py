@@ -108,7 +108,7 @@ def test_crd_table_names_networks_and_recipes_that_exist() -> None:
 
 
 def test_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
-    built = crd._cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--cache-views", "30"]}, "0,1", [])
+    built = crd.build_cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--cache-views", "30"]}, "0,1", [])
     assert [cell.name for cell in built] == [
         "cifar_resnet56.teacher.0",
         "r56-r20.none.0", "r56-r20.quest.0", "r56-r20.none.1", "r56-r20.quest.1",
@@ -116,7 +116,7 @@ def test_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) ->
     table = cells.Table(tmp_path, built)
     for cell, top1 in zip(built, (72.5, 69.0, 71.9, 69.4, 72.3), strict=True):
         table.done[cell.name] = {"top1": top1, "stage_seconds": {"student": 90.0}}
-    rows = crd._rows(table, ["r56:r20"], ["none", "quest"])
+    rows = crd.build_rows(table, ["r56:r20"], ["none", "quest"])
     assert [(row[1], row[3], row[4]) for row in rows] == [
         ("teacher", "72.34", "+0.16"), ("none", "69.06", "+0.14"), ("quest", "71.84", "+0.26"),
     ]  # fmt: skip
