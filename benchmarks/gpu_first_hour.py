@@ -134,6 +134,7 @@ class FirstHour:
         return [
             "questpress.pipeline", "--teacher", teacher, "--teacher-weights", "none", "--student", student,
             "--recipe", crd.RECIPES["quest"], *self.data, "--teacher-epochs", "1", "--epochs", epochs,
+            "--deterministic",
             "--until", "student", "--out", str(self.folder / RUNS[name]),
         ]  # fmt: skip
 

@@ -20,9 +20,9 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from .errors import ModelError, Size, show_size
+from .pooling import average_pool
 
 Reads = frozenset[str]
 CELL_GRIDS = (1, 2, 4)
@@ -160,7 +160,7 @@ class Readouts(nn.Module):
             result["map"] = self._as_map(features, levels)
         if "cells" in reads:
             f = self._as_map(features, levels)
-            cells = [adaptive_avg_pool2d(f, grid).flatten(2) for grid in CELL_GRIDS]
+            cells = [average_pool(f, (grid, grid)).flatten(2) for grid in CELL_GRIDS]
             result["cells"] = _classifier(self.network)(torch.cat(cells, dim=2).transpose(1, 2))
         if "vector" in reads:
             result["vector"] = self._vector(features)

@@ -23,7 +23,7 @@ from ..report.format import plural
 from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
-from ..runs.device import choose_device, fix_threads, threads, use_threads
+from ..runs.device import choose_device, fix_threads, select_kernels, threads, use_threads
 from ..runs.files import DIGITS, check_outside_data, command_line, describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import sha256
@@ -146,7 +146,7 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)
     folder = RunFolder(chosen.out, writes=ranks.is_main)
-    with folder.locked(), fix_threads(chosen.threads):
+    with folder.locked(), fix_threads(chosen.threads), select_kernels(chosen.deterministic):
         set_options = frozenset(given.model_fields_set)
         return _run_stages(chosen, set_options, images, folder, device, display, ranks)
 

@@ -282,6 +282,10 @@ class Options(BaseModel):
         "export the mean of the student's weights over this number of last epochs", enters="student", ge=1
     )
     seed: int = training_option("seed of weights, order and augmentation", 0, ge=0)
+    deterministic: bool = training_option(
+        "use torch's deterministic operations and convolutions on a GPU, for runs that are equal to the bit (slower)",
+        False,
+    )
 
     image_size: ImageSize | None = image_option(
         "pixels of the input: of its side, such as 224, or height,width, such as 96,36 [default: the student's; digits: 40]"

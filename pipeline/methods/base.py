@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
 
+from ...models.pooling import average_pool
 from ..config import TaskName
 from ..config.limits import check_limits
 
@@ -260,7 +260,7 @@ def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) ->
 
 def pool(f: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average-pool a map [B,C,H,W] to ``grid`` (h, w): [B,C,h,w]."""
-    return f if f.shape[-2:] == grid else F.adaptive_avg_pool2d(f, grid)
+    return f if f.shape[-2:] == grid else average_pool(f, grid)
 
 
 def positions(f: Tensor, grid: tuple[int, int]) -> Tensor:

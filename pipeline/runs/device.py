@@ -14,7 +14,7 @@ from torch import nn
 from ...export import runtime
 from ...export.latency.machine import environment
 from ...export.runtime import allowed_cores
-from ..errors import UsageError
+from ..errors import JobError, UsageError
 from . import process
 
 
@@ -121,6 +121,36 @@ def fix_threads(count: int | None) -> Iterator[None]:
     finally:
         runtime.THREADS = before
         torch.set_num_threads(torch_before)
+
+
+@contextmanager
+def select_kernels(deterministic: bool) -> Iterator[None]:
+    """Use deterministic operations during the block, if requested.
+
+    Without them, sums of some gradients on a GPU depend on the order in which its threads finish.
+
+    Raises:
+        JobError: an operation has no deterministic form on the device.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        operation, text, _ = str(error).partition(" does not have a deterministic implementation")
+        if not deterministic or not text:
+            raise
+        raise JobError(
+            f"--deterministic: {operation} has no deterministic form on this device. Omit the option, or use "
+            "another network or method."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
 def threads() -> int:

@@ -1,11 +1,12 @@
 """The engine of a training: chosen once, recorded, and changed only by the user."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from questpress.export import runtime
-from questpress.pipeline.errors import UsageError
+from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.runs import device
 from questpress.pipeline.runs.device import Engine, free_memory
 from questpress.pipeline.runs.record import RunRecord
@@ -60,6 +61,20 @@ def test_fixed_threads_apply_to_torch_and_to_sessions() -> None:
     assert (torch.get_num_threads(), device.threads(), runtime.default_threads()) == before
     with device.fix_threads(None):
         assert (device.threads(), runtime.default_threads()) == before[1:]
+
+
+def test_deterministic_operations_end_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = torch.are_deterministic_algorithms_enabled, lambda: torch.backends.cudnn.deterministic
+    before = [flag() for flag in flags]
+    message = r"^--deterministic: put_ has no deterministic form on this device\."
+    with pytest.raises(JobError, match=message), device.select_kernels(True):
+        assert all(flag() for flag in flags)
+        assert not torch.backends.cudnn.benchmark and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+    assert [flag() for flag in flags] == before
+    with device.select_kernels(False):
+        torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
 def test_requested_precision_overrides_the_recorded_one() -> None:

@@ -1,6 +1,7 @@
 """Runs with a sum of methods."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -8,22 +9,45 @@ from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.training.student import loss_weights
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import little
+
+NOT_DETERMINISTIC = {
+    "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "upsample_bicubic2d_backward",
+    "grid_sampler_2d_backward", "reflection_pad2d_backward", "nll_loss2d_forward", "histc", "bincount",
+    "median", "kthvalue", "put_",
+}  # fmt: skip
+"""Operations without a deterministic form on CUDA (see torch.use_deterministic_algorithms)."""
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+OPERATIONS = Operations()
 
 
 @pytest.fixture(scope="module")
 def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run with all methods, which learn from images without labels as well."""
+    """A deterministic run with all methods, which learn from images without labels as well."""
     out = tmp_path_factory.mktemp("runs") / "all"
     photos = little.photos(out.parent / "photos", {".": 7, "deep/er": 10}, first=5000)
     (photos / "copy.png").write_bytes(next(data.rglob("*.png")).read_bytes())
     unlabeled = ("--unlabeled", photos, "--unlabeled-ratio", "0.5")
     weights = ("--weight", "kd=0.25", "--weight", "ce=2")
     every = ("--method", "+".join(methods.METHODS))
-    result = little.job(
-        data, out, cache, *every, *weights, *unlabeled, "--balance", "off", "--until", "export"
-    )
+    more = (*every, *weights, *unlabeled, "--balance", "off", "--deterministic", "--until", "export")
+    with OPERATIONS:
+        result = little.job(data, out, cache, *more)
     assert result.exit_code == 0, (result.output, result.exception)
     return out
 
@@ -53,6 +77,12 @@ def test_every_method_of_a_sum_gives_its_weighted_loss(of_all: Path) -> None:
             assert sum(losses[name] for name in ("ce", *methods.METHODS)) == pytest.approx(
                 losses["loss"], rel=1e-5
             )
+
+
+def test_every_method_has_a_deterministic_form_on_a_gpu(of_all: Path) -> None:
+    assert {"avg_pool2d_backward", "convolution_backward"} <= OPERATIONS.names
+    assert OPERATIONS.names.isdisjoint(NOT_DETERMINISTIC)
+    assert little.report(of_all)["config"]["deterministic"] is True
 
 
 def test_report_counts_the_images_without_labels(of_all: Path) -> None:
