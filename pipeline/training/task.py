@@ -17,6 +17,7 @@ from ...export.runtime import Size, height_width
 from ...models.build import Geometry
 from ...models.fold import fold_batch_norm
 from ...models.readout import Readouts, merged, read_network
+from ...models.rounding import round_weights
 from ..data.render import Normalize
 from ..methods.base import Batch, Features, Method
 from ..methods.gradient_balance import GradientBalance
@@ -39,6 +40,8 @@ class Teacher(nn.Module):
         self.readouts = read_network(fold_batch_norm(network, torch.randn(1, 3, *height_width(size))), size)
         self.normalize = Normalize(geometry.mean, geometry.std)
         self.requires_grad_(False)
+        if engine.precision == "bf16":
+            round_weights(self.readouts)
         self.eval()
         self.use(engine)
 

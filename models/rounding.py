@@ -1,0 +1,50 @@
+"""Round the weights of a frozen network to bf16 once, instead of in each forward pass under autocast.
+
+Autocast keeps rounded weights only if they require a gradient. A rounded network returns the same bits: its
+layers compute with the same rounded weights, and only under autocast. ``weight`` itself stays in fp32, since
+some networks read its values or its type elsewhere.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RoundedConv2d(nn.Conv2d):
+    """A convolution that has its weights in bf16, too."""
+
+    rounded_weight: Tensor
+    rounded_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        return self._conv_forward(input, self.rounded_weight, self.rounded_bias)
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer that has its weights in bf16, too."""
+
+    rounded_weight: Tensor
+    rounded_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        return F.linear(input, self.rounded_weight, self.rounded_bias)
+
+
+ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RoundedConv2d, nn.Linear: RoundedLinear}
+
+
+def round_weights(network: nn.Module) -> None:
+    """Add bf16 copies of the weights to torch's plain convolutions and linear layers. They are not saved."""
+    for module in list(network.modules()):
+        # A weight that is computed from others is not a parameter.
+        if type(module) not in ROUNDED or module._parameters.get("weight") is None:
+            continue
+        for name in ("weight", "bias"):
+            value = getattr(module, name)
+            rounded = None if value is None else value.detach().to(torch.bfloat16)
+            module.register_buffer(f"rounded_{name}", rounded, persistent=False)
+        module.__class__ = ROUNDED[type(module)]
