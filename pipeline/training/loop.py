@@ -110,7 +110,8 @@ class BatchSource:
         """Open the cached teacher outputs of an epoch, and compute the missing ones."""
         if self.cache is not None:
             self.cache.open(self.schedule.epoch_views(epoch))
-            self.cache.load_to_device(self.schedule.epoch_views(epoch), self.device)
+            if self.device.type != "cpu":
+                self.cache.load_to_device(self.schedule.epoch_views(epoch), self.device)
 
     def first(self) -> Batch:
         """Return the batch of the first step."""

@@ -87,7 +87,9 @@ class TeacherCache:
         """Passes of a teacher over a view that were needed."""
         self._loaded: dict[int, RunTeacher] = {}
         self._open: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-        self._on_device: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._on_device: list[dict[str, Tensor]] = []
+        """Each teacher's arrays [V·N,…] of the V views ``_device_views``."""
+        self._device_views = range(0)
 
     @property
     def bytes_per_view(self) -> int:
@@ -140,42 +142,33 @@ class TeacherCache:
         }
 
     def load_to_device(self, views: range, device: torch.device) -> None:
-        """Keep the outputs for these views only on a GPU, if they fit."""
-        for at in [at for at in self._on_device if at[1] not in views]:
-            del self._on_device[at]
-        limit = DEVICE_FRACTION * free_memory(str(device))
-        if device.type == "cpu" or self.bytes_per_view * len(views) > limit:
+        """Keep the outputs for these views only on a device, if they fit."""
+        if views == self._device_views:
             return
-        for at in [(t, view) for t in range(len(self.sources)) for view in views]:
-            if at not in self._on_device:
-                arrays = self._open[at].items()
-                self._on_device[at] = {name: _to_tensor(array).to(device) for name, array in arrays}
+        self._on_device, self._device_views = [], views
+        if self.bytes_per_view * len(views) <= DEVICE_FRACTION * free_memory(str(device)):
+            opened = [[self._open[t, view] for view in views] for t in range(len(self.sources))]
+            self._on_device = [
+                {name: _concatenate([arrays[name] for arrays in teacher], device) for name in teacher[0]}
+                for teacher in opened
+            ]
 
     def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Features]:
         """Return each teacher's outputs for opened views ``views`` of images ``indices``, int64 [B] both."""
-        return [self._batch(t, indices, views, device) for t in range(len(self.sources))]
+        if self._on_device:
+            rows = to_device((views - self._device_views.start) * self.images + indices, device)
+            return [{name: array[rows] for name, array in teacher.items()} for teacher in self._on_device]
+        return [self._read_batch(t, indices, views, device) for t in range(len(self.sources))]
 
-    def _batch(self, t: int, indices: Tensor, views: Tensor, device: torch.device) -> Features:
-        distinct = views.unique().tolist()
-        if len(distinct) == 1:
-            return self._rows(t, distinct[0], indices, device)
-        batch: dict[str, Tensor] = {}
-        for view in distinct:
+    def _read_batch(self, t: int, indices: Tensor, views: Tensor, device: torch.device) -> Features:
+        batch: dict[str, np.ndarray] = {}
+        for view in views.unique().tolist():
             at = (views == view).nonzero()[:, 0]
-            for name, rows in self._rows(t, view, indices[at], device).items():
+            for name, array in self._open[t, view].items():
                 if name not in batch:
-                    batch[name] = rows.new_empty((len(indices), *rows.shape[1:]))
-                batch[name][to_device(at, device)] = rows
-        return batch
-
-    def _rows(self, t: int, view: int, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        on_device = self._on_device.get((t, view))
-        if on_device is not None:
-            indices = to_device(indices, device)
-            return {name: array[indices] for name, array in on_device.items()}
-        rows = indices.numpy()
-        arrays = self._open[t, view].items()
-        return {name: to_device(_to_tensor(array[rows]), device) for name, array in arrays}
+                    batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
+                batch[name][at.numpy()] = array[indices[at].numpy()]
+        return {name: to_device(_to_tensor(rows), device) for name, rows in batch.items()}
 
     def _compute(self, t: int, view: int, found: Sequence[Path | None], work: str) -> list[Path | None]:
         """Run a teacher over a view, write its missing outputs and return all entries."""
@@ -324,6 +317,15 @@ def map_arrays(folder: Path, output: CachedOutput) -> dict[str, np.ndarray]:
 def _to_tensor(array: np.ndarray) -> Tensor:
     """Convert to a tensor; uint16 as int16, since torch supports few operations on uint16."""
     return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+
+
+def _concatenate(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Copy arrays [N,…] to a tensor [len(arrays)·N,…] on a device."""
+    parts = [_to_tensor(array) for array in arrays]
+    rows = torch.empty((len(parts), *parts[0].shape), dtype=parts[0].dtype, device=device)
+    for row, part in zip(rows, parts, strict=True):
+        row.copy_(part)
+    return rows.flatten(0, 1)
 
 
 def lost_mass(arrays: Mapping[str, np.ndarray]) -> float | None:

@@ -1,7 +1,6 @@
 """Runs with a sum of methods."""
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -9,9 +8,9 @@ from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.training.student import loss_weights
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import little
+from tests.support.operations import Operations
 
 NOT_DETERMINISTIC = {
     "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "upsample_bicubic2d_backward",
@@ -19,18 +18,6 @@ NOT_DETERMINISTIC = {
     "median", "kthvalue", "put_",
 }  # fmt: skip
 """Operations without a deterministic form on CUDA (see torch.use_deterministic_algorithms)."""
-
-
-class Operations(TorchDispatchMode):
-    """Records the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func._schema.name.partition("::")[2])
-        return func(*args, **(kwargs or {}))
 
 
 OPERATIONS = Operations()
@@ -80,8 +67,8 @@ def test_every_method_of_a_sum_gives_its_weighted_loss(of_all: Path) -> None:
 
 
 def test_every_method_has_a_deterministic_form_on_a_gpu(of_all: Path) -> None:
-    assert {"avg_pool2d_backward", "convolution_backward"} <= OPERATIONS.names
-    assert OPERATIONS.names.isdisjoint(NOT_DETERMINISTIC)
+    assert {"avg_pool2d_backward", "convolution_backward"} <= OPERATIONS.counts.keys()
+    assert NOT_DETERMINISTIC.isdisjoint(OPERATIONS.counts)
     assert little.report(of_all)["config"]["deterministic"] is True
 
 

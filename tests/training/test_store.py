@@ -27,6 +27,7 @@ from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import BATCH, KIND, TeacherCache, TeacherSource
 from questpress.pipeline.training.weights import Checkpoint
 
+from tests.support.operations import Operations
 from tests.support.toys import CLASSIFICATION, ENGINE, POLICY, SIDE, equal, network, plan, state, views
 
 CPU = torch.device("cpu")
@@ -96,6 +97,14 @@ def test_cached_output_equals_the_compacted_features_and_has_the_stated_size(tmp
         assert torch.equal(found[part], compacted[part].half())
     [alone] = one.batch(indices[:2], numbers[:2], CPU)
     assert all(torch.equal(alone[name], found[name][:2]) for name in found)
+    one.load_to_device(range(2), CPU)
+    with Operations() as operations:
+        [loaded] = one.batch(indices, numbers, CPU)
+    assert loaded.keys() == found.keys() and operations.counts["index"] == len(found)
+    assert all(torch.equal(loaded[name], found[name]) for name in found)
+    one.load_to_device(range(1, 2), CPU)
+    [loaded] = one.batch(indices[:2], numbers[:2], CPU)
+    assert all(torch.equal(loaded[name], alone[name]) for name in found)
     # Logits: 3 numbers of 2 bytes; words: 4 positions of 2 numbers and probabilities and the mass lost.
     assert one.bytes_per_view == IMAGES * (3 * 2 + 4 * (2 * 4 + 2))
     arrays = [np.load(file) for file in (tmp_path / KIND).rglob("*.npy")]
