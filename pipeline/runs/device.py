@@ -125,19 +125,21 @@ def fix_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def select_kernels(deterministic: bool) -> Iterator[None]:
-    """Use deterministic operations during the block, if requested.
+    """Use deterministic operations during the block, or cuDNN's fastest convolutions for each shape.
 
-    Without them, sums of some gradients on a GPU depend on the order in which its threads finish.
+    Without the former, sums of some gradients on a GPU depend on the order in which its threads finish. The
+    latter are found by timing: the shapes of a training do not change.
 
     Raises:
         JobError: an operation has no deterministic form on the device.
     """
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
         torch.use_deterministic_algorithms(True)
-        cudnn.deterministic, cudnn.benchmark = True, False
+        cudnn.deterministic = True
     try:
         yield
     except RuntimeError as error:

@@ -74,6 +74,7 @@ def test_deterministic_operations_end_with_the_block(monkeypatch: pytest.MonkeyP
         torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
     assert [flag() for flag in flags] == before
     with device.select_kernels(False):
+        assert torch.backends.cudnn.benchmark
         torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
