@@ -5,6 +5,7 @@ same view by using the same number. All geometry is in integers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -145,17 +146,21 @@ def draw_crops(
         if len(views) and int(views[0]) >= FIRST_LISTED:
             listed, mirrored = list_views(policy)
             return listed[views - FIRST_LISTED], mirrored[views - FIRST_LISTED]
-        words = random_words(seed, keys, views, 0)
+    # All draws at once: each operation costs more than its few numbers.
+    draws = torch.tensor([*range(TRIES if policy.kind == "resized_crop" else 1), _FLIP], device=keys.device)
+    words = random_words(seed, keys[:, None], views[:, None], draws)
+    if policy.kind == "pad_crop":
         top, left = (
-            below(word, shifts) - policy.pad for word, shifts in zip(words, policy._shifts, strict=False)
+            below(word[:, 0], shifts) - policy.pad
+            for word, shifts in zip(words, policy._shifts, strict=False)
         )
         tall, wide = (torch.full_like(top, length) for length in height_width(policy.crop))
         box = torch.stack([top, left, tall, wide], 1)
     elif policy.kind == "resized_crop":
-        box = _resized_crop(policy, seed, keys, views, heights, widths)
+        box = _resized_crop(policy, [word[:, :-1] for word in words], heights, widths)
     else:
         box = _center_crop((policy.aspect, policy.aspect), heights, widths)
-    flips = random_words(seed, keys, views, _FLIP)[0] >> 31 if policy.flip else torch.zeros_like(keys)
+    flips = words[0][:, -1] >> 31 if policy.flip else torch.zeros_like(keys)
     return box.to(torch.int32), flips.bool()
 
 
@@ -208,15 +213,13 @@ def _number(drawn: tuple[Tensor, ...]) -> Tensor:
     return ((high >> 1) << 32) | low
 
 
-def _resized_crop(
-    policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor, heights: Tensor, widths: Tensor
-) -> Tensor:
-    tries = torch.arange(TRIES, device=keys.device)
-    area, ratio, row, column = random_words(seed, keys[:, None], views[:, None], tries)
+def _resized_crop(policy: ViewPolicy, words: Sequence[Tensor], heights: Tensor, widths: Tensor) -> Tensor:
+    """Return the first of the tries, drawn as ``words`` [B, TRIES], that fits into its image."""
+    area, ratio, row, column = words
     low, high = policy.scale
     target = (heights * widths)[:, None] * (low + (high - low) * (area.double() * 2.0**-32))
     ratios = policy.ratio[0] * policy.aspect, policy.ratio[1] * policy.aspect
-    aspect = ratio_table(ratios).to(keys.device)[below(ratio, RATIO_STEPS)]
+    aspect = ratio_table(ratios).to(heights.device)[below(ratio, RATIO_STEPS)]
     wide, tall = _rounded((target * aspect).sqrt()), _rounded((target / aspect).sqrt())
     fits = (wide >= 1) & (wide <= widths[:, None]) & (tall >= 1) & (tall <= heights[:, None])
     first = fits.int().argmax(1, keepdim=True)
