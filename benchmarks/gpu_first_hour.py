@@ -4,8 +4,7 @@
 
 ``--data`` is CIFAR-100 as train/ and test/ of class folders. One command works for at most nine minutes
 (``--limit``); the same command continues from ``--out``, where results.md has a row for each part and then
-all tables. A part that fails is reported there and tried again by the next command, after the others have had
-their turn.
+all tables. A part that fails is reported there and repeated by the next command, after the other parts.
 
 In this order: throughput of each pair, compilation and CUDA graphs, a run that is stopped and resumed
 compared with an uninterrupted one, two processes if there are two GPUs, and accuracy by the papers' recipes
@@ -85,14 +84,18 @@ class FirstHour:
     def run(self, budget: float | None) -> bool:
         """Do what is missing within ``budget`` seconds; return True if everything is done."""
         ends = time.monotonic() + (budget or 0)
-        parts = list(self.parts())
-        self.states = {name: "left" for name, _ in parts}
-        for name, work in parts:
-            try:
-                if work(max(0.0, ends - time.monotonic())):
-                    self.states[name] = "done"
-            except SystemExit as error:
-                self.states[name] = f"failed: {error}"
+        parts, file = dict(self.parts()), self.folder / "parts.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.states = dict.fromkeys(parts, "left")
+        try:
+            for name in sorted(parts, key=lambda name: before.get(name, "left") not in ("left", "done")):
+                try:
+                    if parts[name](max(0.0, ends - time.monotonic())):
+                        self.states[name] = "done"
+                except SystemExit as error:
+                    self.states[name] = str(error)
+        finally:
+            write_json(file, self.states)
         finished = set(self.states.values()) == {"done"}
         if RANKS not in self.states:
             self.states[RANKS] = "skipped: it requires two GPUs"
@@ -124,6 +127,8 @@ class FirstHour:
             _run_command(command, seconds, file)
             if file.exists():
                 self.done[name] = json.loads(file.read_text(encoding="utf-8"))
+            elif seconds > 0:
+                raise SystemExit("stopped at the end of a slice; repeated after the other parts")
             return file.exists()
 
         return name, work
@@ -196,7 +201,7 @@ def _run_command(
     print(f"== {' '.join(command)}", file=sys.stderr, flush=True)
     code = cells.run_command([sys.executable, "-m", *command], seconds, stop)
     if code:
-        raise SystemExit(f"exit code {code}")
+        raise SystemExit(f"failed with exit code {code}")
 
 
 def _last_epoch(run: Path) -> dict[str, float]:
