@@ -36,7 +36,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 199, 40_290, 31_115
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 201, 40_430, 31_400
 """Only a new feature may raise these."""
 
 
