@@ -2,5 +2,6 @@
 
 import os
 
-# Disable ONNX Runtime's telemetry before it is imported, as runtime.py does in an artifact.
+# ONNX Runtime 1.31 and later sends telemetry and keeps a device id in the user's cache, unless this is set
+# before it is imported. This file ships with every artifact.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""The artifact folder: model files, `predict.py`, and a manifest that describes them.
+"""The artifact folder: model files, a manifest that describes them, and the runtime.
 
 `manifest.json`, schema version 1, is read on the device by `runtime.read_manifest`:
 
@@ -38,20 +38,18 @@
                          interval), and more; null if not measured
     checksum         `runtime.compute_checksum` of the other fields
 
-The manifest contains no user name, host name or local path. `predict.py`, `labels.txt` and `README.md` are
-not listed: no prediction depends on them, and the README is rewritten as results become available.
+The manifest contains no user name, host name or local path. It does not list `predict.py`, the folder
+`RUNTIME`, `labels.txt` and `README.md`, which a later version of questpress may write again.
 """
 
 from __future__ import annotations
 
-import ast
 import base64
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,6 +66,8 @@ from .int8.targets import is_exact_here
 from .text import escape_controls
 
 PREDICT, LABELS = "predict.py", "labels.txt"
+RUNTIME = "questpress_runtime"
+"""Folder of an artifact that `predict.py` imports: copies of this package's files that run on a device."""
 
 _HOME = re.compile(r"~[^/\\]*[/\\]")
 _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
@@ -197,68 +197,50 @@ def _find_strings(value: Any) -> list[str]:
     return []
 
 
-_FUTURE = "from __future__ import annotations\n"
+_PARTS = ("__init__.py", "text.py", "predict_cli.py", "runtime/*.py", "device/*.py")
 
-_USAGE = "# Part of a questpress artifact: python predict.py photo.jpg, or from predict import open_model.\n"
+_PREDICT_PY = f'''"""Apply the model of this folder.
 
-_CHECK_PACKAGES = """
-if __name__ == "__main__":
-    import importlib.util
-    import os
-    import sys
+    python predict.py photo.jpg
+    from predict import Classifier, Detector, open_model
 
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    packages = {"numpy": ("numpy", "1.21"), "PIL": ("pillow", "9.4"), "onnxruntime": ("onnxruntime", "1.15")}
-    missing = [package for name, (package, _) in packages.items() if not importlib.util.find_spec(name)]
-    if missing:
-        sys.exit(f"Error: {', '.join(missing)} not installed. Run pip install {' '.join(missing)}")
-    for name, (package, least) in packages.items():
-        version = importlib.import_module(name).__version__
-        if [int(part) for part in version.split(".")[:2]] < [int(part) for part in least.split(".")]:
-            sys.exit(
-                f"Error: {package} must be {least} or later, got {version}. Run pip install -U {package}"
-            )
+It requires the folder {RUNTIME} and the packages numpy, Pillow and onnxruntime.
 """
 
-_RUN = """
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+if str(FOLDER) not in sys.path:
+    sys.path.insert(0, str(FOLDER))
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True  # the folder stays as it was shipped
+    from {RUNTIME}.device.packages import check_packages
+
+    check_packages()
+
+from {RUNTIME}.runtime import *
 
 if __name__ == "__main__":
-    run()
-"""
+    from {RUNTIME}.predict_cli import run
+
+    run(FOLDER)
+'''
 
 
-_PARTS = (
-    "text.py", "device/self_test.py", "device/machine.py", "device/bench.py", "predict_cli.py",
-)  # fmt: skip
+def runtime_files() -> dict[str, bytes]:
+    """Return predict.py and the files that it imports by their paths in an artifact, the same in each."""
+    root = Path(__file__).parent
+    sources = [path for part in _PARTS for path in sorted(root.glob(part))]
+    return {
+        PREDICT: _PREDICT_PY.encode(),
+        **{f"{RUNTIME}/{path.relative_to(root).as_posix()}": path.read_bytes() for path in sources},
+    }
 
 
-def predict_py() -> str:
-    """Return the text of predict.py: the runtime, and the command line; the same in every artifact."""
-    before, after = _read_source("runtime.py").split(_FUTURE, 1)
-    line = "# " + "-" * 105
-    command = "\n\n".join(map(_strip_module, _PARTS))
-    return f"{_USAGE}{before}{_FUTURE}{_CHECK_PACKAGES}{after}\n\n{line}\n# Command line\n\n{command}{_RUN}"
-
-
-def write_predict(folder: Path) -> Path:
-    """Write `folder`/predict.py unless it is up to date. Raises ExportError."""
-    path, text = folder / PREDICT, predict_py().encode()
-    if not path.is_file() or path.read_bytes() != text:
-        write_bytes(path, text)
-    return path
-
-
-def _strip_module(name: str) -> str:
-    """Return a module's source without its docstring and its imports of the modules before it."""
-    source = _read_source(name)
-    lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
-        is_own = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_own or is_docstring:
-            del lines[node.lineno - 1 : node.end_lineno]
-    return "".join(lines).strip() + "\n"
-
-
-def _read_source(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+def write_runtime(folder: Path) -> None:
+    """Write those of `runtime_files` that are not up to date into an artifact folder. Raises ExportError."""
+    for name, content in runtime_files().items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)

@@ -1,6 +1,6 @@
 """Command line of `predict.py`, also used by `compress predict`.
 
-`artifact.py` appends this file to `runtime.py` and `text.py`; it must not import anything else of questpress.
+It ships with every artifact, see `artifact.RUNTIME`.
 """
 
 from __future__ import annotations
@@ -254,8 +254,11 @@ def _bench(options: argparse.Namespace) -> None:
     print(f"Written to {_name(path)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 1 if an image or the model cannot be read, otherwise 0."""
+def main(arguments: Sequence[str] | None = None, folder: Path = Path()) -> int:
+    """Run the command; return 1 if an image or the model cannot be read, otherwise 0.
+
+    `folder` is the default of `--artifact`.
+    """
     parser = _Parser(description="Apply the model of an artifact folder to images.")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image file or folder")
     parser.add_argument("--top", type=_positive_integer, help=f"number of labels per image [default: {TOP}]")
@@ -286,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--artifact",
         type=Path,
-        default=Path(__file__).resolve().parent,
-        help="artifact folder [default: the folder of this file]",
+        default=folder,
+        help="artifact folder [default: the folder of predict.py]",
     )
     options = parser.parse_args(arguments)
     if (reason := _explain_conflict(options)) is not None:
@@ -319,13 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run() -> NoReturn:
-    """Run `main` as a program."""
+def run(folder: Path) -> NoReturn:
+    """Run `main` as a program of an artifact folder."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # they may be closed
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        code = main()
+        code = main(folder=folder)
         for stream in streams:
             stream.flush()
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ LAYERS = (
 EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
 """Imports (importer, imported) that go upwards."""
 
-MOST_LEVELS = 13
+MOST_LEVELS = 17
 MOST_ENTRIES = 12
 MORE_ENTRIES = {
     "models": 14,  # a file for each step from a name to a network, and its parts
@@ -35,8 +35,7 @@ MORE_ENTRIES = {
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 201, 40_430, 31_400
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 212, 40_910, 31_730
 """Only a new feature may raise these."""
 
 
@@ -148,7 +147,7 @@ def test_folders_have_few_entries() -> None:
 
 def test_files_are_short() -> None:
     files = {path.relative_to(ROOT).as_posix(): lines(path) for path in python_files(*SOURCE)}
-    long = {name: count for name, count in files.items() if count > MOST_LINES and name not in LONG_FILES}
+    long = {name: count for name, count in files.items() if count > MOST_LINES}
     assert not long
 
 

@@ -1,1 +1,1 @@
-"""Check and time an artifact on a device. All but `sample_images` is part of `predict.py`."""
+"""Check and time an artifact on a device. It ships with every artifact, as `runtime` does."""

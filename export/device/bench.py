@@ -1,7 +1,7 @@
 """Time the model files of an artifact on a device: `predict.py --bench`.
 
 A short form of `compress bench` in one process: files take turns in blocks, in random order, after a warm-up.
-Intervals are order statistics, 95 %, with blocks as clusters. A part of `predict.py`.
+Intervals are order statistics, 95 %, with blocks as clusters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Describe the device without its host or user name; a part of `predict.py`."""
+"""Describe the device without its host or user name."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@
     pixels   of each image, `sample` of the rendered pixels
     files    of each model file, and of each of its outputs, `sample` for each image but the last, a JPEG,
              whose pixels depend on the decoder
-
-A part of `predict.py`: it may import `runtime` only.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
 """Absolute values of nonzero floats: the range of float32, with room for a product."""
 
 MAX_THREADS = 1024
-"""Threads of ONNX Runtime, as in ``export/runtime.py``, which imports numpy."""
+"""Threads of ONNX Runtime, as in ``export.runtime``, which imports numpy."""
 
 MAX_INTEGER = 2**32 - 1
 """The largest seed of the random number generators."""

@@ -5,6 +5,7 @@ Unreadable images are skipped and shown in the report's table "Skipped files"; t
 
 import base64
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -23,12 +24,13 @@ from PIL import ExifTags
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from ...export import runtime
 from ...export.runtime import (
+    ImageError,
     NeededSize,
     Preprocessing,
     Size,
     allowed_cores,
+    decode_image,
     height_width,
     needed_size,
     render,
@@ -211,7 +213,8 @@ def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
 
 def decoder_version() -> dict[str, Any]:
     """Return what the pixels depend on besides the files: the versions of this code and of Pillow."""
-    return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
+    runtime = [sha256(Path(inspect.getfile(step))) for step in (decode_image, render)]
+    return {"version": VERSION, "runtime": runtime, "pillow": PIL.__version__}
 
 
 def _decode_once(
@@ -278,8 +281,8 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T], needed: NeededSiz
             return form(content)
         if hashlib.sha256(content).hexdigest() != image.key:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
-        return form(runtime.decode_image(content, gray_bits=image.gray_bits, needed=needed))
-    except runtime.ImageError as error:
+        return form(decode_image(content, gray_bits=image.gray_bits, needed=needed))
+    except ImageError as error:
         if is_system_fault(error.__cause__):
             raise fail_to_read(image.name, error.reason) from error
         return error.reason

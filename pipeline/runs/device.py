@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...export import runtime
 from ...export.latency.machine import environment
-from ...export.runtime import allowed_cores
+from ...export.runtime import allowed_cores, processor
 from ..errors import JobError, UsageError
 from . import process
 
@@ -112,14 +111,14 @@ def fix_threads(count: int | None) -> Iterator[None]:
 
     Sums are split over threads, so results are equal to the byte only with equal numbers.
     """
-    before, torch_before = runtime.THREADS, torch.get_num_threads()
-    runtime.THREADS = count
+    before, torch_before = processor.THREADS, torch.get_num_threads()
+    processor.THREADS = count
     if count is not None:
         torch.set_num_threads(count)
     try:
         yield
     finally:
-        runtime.THREADS = before
+        processor.THREADS = before
         torch.set_num_threads(torch_before)
 
 
@@ -157,7 +156,7 @@ def select_kernels(deterministic: bool) -> Iterator[None]:
 
 def threads() -> int:
     """Return the threads of this process: those fixed, or the allowed cores divided by the local ranks."""
-    return runtime.THREADS or max(1, allowed_cores() // process.count_local_processes())
+    return processor.THREADS or max(1, allowed_cores() // process.count_local_processes())
 
 
 def inference_engine(device: str, precision: str) -> Engine:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...export import runtime
+from ...export.runtime import processor
 from ..runs.device import Engine, bf16_pays, cores, use_threads
 from ..runs.threads import thread_counts
 from .task import DistillationTask
@@ -225,7 +225,7 @@ def _vary_layout(engine: Engine) -> Engine:
 
 def _vary_threads(default: Engine) -> list[Variation]:
     """Use one thread per core instead of one per hyper-thread, half of the threads, or one."""
-    if runtime.THREADS is not None:
+    if processor.THREADS is not None:
         return []
     counts = {cores(), *thread_counts(default.threads)} - {default.threads}
     return [partial(_set_threads, threads=count) for count in sorted(counts, reverse=True)]

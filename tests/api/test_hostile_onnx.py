@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from questpress.export import runtime
+from questpress.export.runtime import session
 
 from tests.support import hostile_onnx
 from tests.support.little import compress, photos, refused
@@ -68,7 +68,7 @@ def test_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All its checksums hold: they say that nothing was damaged, not whose it is."""
-    monkeypatch.setattr(runtime, "open_session", lambda *_, **__: pytest.fail("a runtime has seen it"))
+    monkeypatch.setattr(session, "open_session", lambda *_, **__: pytest.fail("a runtime has seen it"))
     model = onnx.load(colour_classifier(tmp_path / "student.onnx"))
     hostile_onnx.external(model)
     (tmp_path / "student.onnx").write_bytes(model.SerializeToString())

@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
 
+from questpress.export.artifact import runtime_files
 from questpress.pipeline.api.report import json_schema
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.runs.results import Report
 
 from tests.support import little
+
+RUNTIME = [f"artifact/{name}" for name in runtime_files()]
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -28,7 +31,7 @@ def test_command_prints_the_schema_alone() -> None:
 
 
 def test_report_is_rendered_again_from_the_run_folder(a_run: Path) -> None:
-    names = ("report.html", "report.md", "report.json", "artifact/README.md", "artifact/predict.py")
+    names = ("report.html", "report.md", "report.json", "artifact/README.md", *RUNTIME)
     before = {name: (a_run / name).read_bytes() for name in names}
     for name in names:
         (a_run / name).unlink()
@@ -36,7 +39,7 @@ def test_report_is_rendered_again_from_the_run_folder(a_run: Path) -> None:
     assert done.stdout.splitlines() == [str(a_run / name) for name in names[:3]]
     # Paths of the run folder apart, which was copied, they are the same.
     assert before["artifact/README.md"] == (a_run / "artifact/README.md").read_bytes()
-    assert before["artifact/predict.py"] == (a_run / "artifact/predict.py").read_bytes()
+    assert all(before[name] == (a_run / name).read_bytes() for name in RUNTIME)
     assert json.loads(before["report.json"]).keys() == little.report(a_run).keys()
 
 

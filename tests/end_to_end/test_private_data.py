@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 import questpress.pipeline
+from questpress.export.artifact import runtime_files
 
 from tests.support import little
 
@@ -33,7 +34,7 @@ SHIPPED = {
     "selftest.json",
     "labels.txt",
     "README.md",
-    "predict.py",
+    *runtime_files(),
 }
 
 
@@ -80,7 +81,8 @@ def forms(text: str) -> dict[str, bytes]:
 
 
 def test_artifact_names_no_user_host_or_path(elsewhere: Path) -> None:
-    content = {file.name: file.read_bytes().lower() for file in elsewhere.rglob("*")}
+    paths = (path for path in elsewhere.rglob("*") if path.is_file())
+    content = {path.relative_to(elsewhere).as_posix(): path.read_bytes().lower() for path in paths}
     assert content.keys() == SHIPPED
     known = {
         str(Path.home()), sys.prefix, sys.executable, str(Path(questpress.pipeline.__path__[0]).parent),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import questpress.pipeline
 import yaml
+from questpress.export.artifact import runtime_files
 from questpress.pipeline.config.options import STAGES
 from questpress.pipeline.runs.results import Report
 
@@ -37,7 +38,7 @@ def test_run_folder_has_the_documented_files(finished):
         "artifact/selftest.json",
         "artifact/labels.txt",
         "artifact/README.md",
-        "artifact/predict.py",
+        *(f"artifact/{name}" for name in runtime_files()),
     }
     assert not [name for name in names if name.startswith("checkpoint/") or ".part" in name]
 

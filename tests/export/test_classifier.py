@@ -11,7 +11,7 @@ from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile
-from questpress.export.runtime import ArtifactError, Classifier, Preprocessing
+from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, processor, session
 
 from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
 
@@ -123,7 +123,7 @@ def test_missing_providers_are_refused(run: Path, monkeypatch: pytest.MonkeyPatc
         ):
             Classifier.load(path, providers=["NoProvider", runtime.CPU])
     # ONNX Runtime lists a provider whose libraries are missing, and continues without it.
-    monkeypatch.setattr(runtime, "_providers", lambda: ["CUDAExecutionProvider", runtime.CPU])
+    monkeypatch.setattr(session, "_providers", lambda: ["CUDAExecutionProvider", runtime.CPU])
     with pytest.raises(ArtifactError, match="cannot start CUDAExecutionProvider"):
         Classifier.load(run, providers="CUDAExecutionProvider")
 
@@ -233,21 +233,21 @@ def test_cgroups_quota_limits_the_cores(tmp_path: Path) -> None:
     inner = root / "a" / "b"
     inner.mkdir(parents=True)
     proc.write_text("0::/a/b\n")
-    assert runtime._cgroup_quota(proc, root) == float("inf")
+    assert processor._cgroup_quota(proc, root) == float("inf")
     (inner / "cpu.max").write_text("max 100000\n")
     (root / "a" / "cpu.max").write_text("250000 100000\n")
-    assert runtime._cgroup_quota(proc, root) == 2.5
+    assert processor._cgroup_quota(proc, root) == 2.5
     (inner / "cpu.max").write_text("50000 100000\n")
-    assert runtime._cgroup_quota(proc, root) == 1.0  # less than one core is one thread still
+    assert processor._cgroup_quota(proc, root) == 1.0  # less than one core is one thread still
     old = root / "cpu,cpuacct"
     old.mkdir()
     proc.write_text("4:memory:/x\n3:cpu,cpuacct:/docker/1\n")
     (old / "cpu.cfs_quota_us").write_text("300000\n")
     (old / "cpu.cfs_period_us").write_text("100000\n")
-    assert runtime._cgroup_quota(proc, root) == 3.0
+    assert processor._cgroup_quota(proc, root) == 3.0
     (old / "cpu.cfs_quota_us").write_text("-1\n")
-    assert runtime._cgroup_quota(proc, root) == float("inf")
-    assert runtime._cgroup_quota(tmp_path / "none", root) == float("inf")
+    assert processor._cgroup_quota(proc, root) == float("inf")
+    assert processor._cgroup_quota(tmp_path / "none", root) == float("inf")
     assert runtime.allowed_cores() >= 1 and 1 <= runtime.default_threads() <= 4
 
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 from questpress.export import predict_cli, runtime
-from questpress.export.runtime import ArtifactError, Classifier, refuse_external_data
+from questpress.export.runtime import ArtifactError, Classifier, refuse_external_data, session
 
 from tests.support import hostile_onnx
 from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, write_little_manifest
@@ -26,7 +26,7 @@ READS = [one for one, told in hostile_onnx.HARMS if "another file" in told or "t
 def test_weights_in_other_files_are_refused_before_a_session_is_made(
     harm: Callable[[onnx.ModelProto], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "open_session", lambda *_, **__: pytest.fail("a session was made"))
+    monkeypatch.setattr(session, "open_session", lambda *_, **__: pytest.fail("a session was made"))
     model = hostile_onnx.little()
     harm(model)
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
@@ -61,7 +61,7 @@ def test_invalid_protobuf_is_refused(content: bytes) -> None:
 
 
 def test_file_of_fields_without_end_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_MAX_FIELDS", 1000)
+    monkeypatch.setattr(session, "_MAX_FIELDS", 1000)
     with pytest.raises(ArtifactError, match="more than 1,000 fields"):
         refuse_external_data(b"\x08\x01" * 1001, "x")
 

@@ -71,7 +71,7 @@ def test_long_images_are_rendered_nearly_alike_on_both_ways(monkeypatch: pytest.
     p = Preprocessing.create(24, 0.875, "bicubic")
     for shape in [(40, 60), (61, 37), (200, 31), (1, 50)]:
         whole = render(noise(*shape), p)
-        monkeypatch.setattr("questpress.export.runtime._MAX_RESIZED_PIXELS", 0)
+        monkeypatch.setattr("questpress.export.runtime.preprocessing._MAX_RESIZED_PIXELS", 0)
         cut = render(noise(*shape), p)
         monkeypatch.undo()
         assert abs(whole.astype(int) - cut).mean() < 0.5

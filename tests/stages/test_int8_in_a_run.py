@@ -22,7 +22,7 @@ MEASURE_LATENCY = quantize._measure_latency  # as it is before conftest.py repla
 def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates untimed)
     """Pretend a processor with VNNI, and time candidates."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("export.runtime", "export.int8.targets", "pipeline.api.resolve"):
+        for place in ("export.runtime.processor", "export.int8.targets", "pipeline.api.resolve"):
             patch.setattr(f"questpress.{place}.detect_target", lambda: "x86-vnni")
         patch.setattr(quantize, "_measure_latency", MEASURE_LATENCY)
         yield

@@ -1,5 +1,6 @@
 """Toy networks and model files for tests of the export."""
 
+import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -92,7 +93,7 @@ def write_little_manifest(folder: Path) -> None:
 
 def onnx_file(path: Path) -> OnnxFile:
     content = path.read_bytes()
-    return OnnxFile(path, len(content), runtime.hashlib.sha256(content).hexdigest(), 18, 8)
+    return OnnxFile(path, len(content), hashlib.sha256(content).hexdigest(), 18, 8)
 
 
 def quantize_int8(

@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 from questpress.export import predict_cli, runtime
-from questpress.export.artifact import ShippedFile, write_manifest, write_predict
+from questpress.export.artifact import ShippedFile, write_manifest, write_runtime
 from questpress.export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import Prepared, prepare
@@ -53,7 +53,7 @@ def artifact(exported: OnnxFile, network: Any, tmp_path: Path) -> Path:
         tmp_path, files=[ShippedFile(onnx_file(path), "fp32")], preprocessing=BORDER, labels=LABELS,
         origin={}, decoder=Decoder.from_dict(network.decoder),
     )  # fmt: skip
-    write_predict(tmp_path)
+    write_runtime(tmp_path)
     Image.fromarray(photo(150, 60)).save(tmp_path / "photo.png")
     return tmp_path
 

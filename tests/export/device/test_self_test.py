@@ -1,5 +1,6 @@
 """`predict.py --self-test`: it finds outputs and preprocessing that differ from those at export."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -109,9 +110,7 @@ def test_artifact_without_a_self_test_or_with_a_damaged_one_is_refused(tmp_path:
     for content in (b"[]", b"{", b'{"images": ["?"], "pixels": [], "files": {}}'):
         (folder / "selftest.json").write_bytes(content)
         entry = {"name": "selftest.json", "bytes": len(content)}
-        change_manifest(
-            folder, {"self_test": entry | {"sha256": runtime.hashlib.sha256(content).hexdigest()}}
-        )
+        change_manifest(folder, {"self_test": entry | {"sha256": hashlib.sha256(content).hexdigest()}})
         with pytest.raises(ArtifactError, match=r"selftest\.json cannot be used: \w+Error: "):
             self_test.run_self_test(folder)
     (folder / "selftest.json").write_text("{}")

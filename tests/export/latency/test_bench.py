@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from questpress.export import runtime
 from questpress.export.errors import ExportError
@@ -170,7 +171,7 @@ def test_empty_bench_is_refused(tmp_path: Path, change: dict[str, object], reaso
 def test_environment_names_the_processor_and_no_host() -> None:
     here = environment()
     assert here.cpu and here.cores == runtime.allowed_cores()
-    assert here.onnxruntime == runtime.ort.__version__
+    assert here.onnxruntime == ort.__version__
     import socket
 
     assert socket.gethostname() not in json.dumps(here.__dict__)
