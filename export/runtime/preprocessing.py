@@ -39,7 +39,7 @@ _CROP_MODES = ("center", "squash", "border")
 _CROP_FRACTIONS = (1 / 16, 2.0)  # timm's are 0.875 to 1.15
 _MAX_MEAN = 1e6  # larger means and 1/std overflow float32
 MAX_SIDE = 1 << 13  # pixels of a network's input; one image takes 800 MB
-_MAX_RESIZED_PIXELS = 1 << 25  # a larger resized image is computed only where the crop is
+_MAX_RESIZED_PIXELS = 1 << 25  # of a larger resized image only the part in the crop is computed
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,10 @@ def _triple(values: Iterable[Any]) -> tuple[float, float, float]:
 
 
 def render(image: Pixels, p: Preprocessing) -> Pixels:
-    """Resize and crop an image to uint8 [*size, 3], pixel for pixel as timm's evaluation transform."""
+    """Resize and crop an image to uint8 [*size, 3], as timm's evaluation transform with Pillow 9 to 12.
+
+    Rows are resized before columns, unless that would require a large image in between.
+    """
     height, width = image.shape[:2]
     size = height_width(p.size)
     new, (top, left) = place_crop(height, width, p)
@@ -160,8 +163,10 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
             -((crop - side) // 2) if side < crop else 0
             for side, crop in zip((picture.height, picture.width), size)
         )
-    elif new != (height, width):
-        picture = picture.resize((new[1], new[0]), resample)
+    else:  # one side at a time: Pillow 13 chooses another order for tall images than earlier versions
+        is_small = height * new[1] <= _MAX_RESIZED_PIXELS
+        first = (new[1], height) if is_small else (width, new[0])
+        picture = picture.resize(first, resample).resize((new[1], new[0]), resample)
     canvas = Image.new("RGB", (size[1], size[0]), fill)
     canvas.paste(picture, (-left, -top))
     return np.array(canvas, dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,18 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+@pytest.fixture
+def rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Pillow resize rows before columns, as before version 13."""
+    resize = Image.Image.resize
+
+    def resize_rows_first(image: Image.Image, size: tuple[int, int], *options: Any) -> Image.Image:
+        return resize(resize(image, (size[0], image.height), *options), size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize_rows_first)
+
+
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
 def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpolation: str) -> None:
@@ -36,6 +49,7 @@ def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpo
             np.testing.assert_array_equal(normalize(render(noise(*shape), p)[None], p)[0], expected.numpy())
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(24, 40), (40, 9)])
 def test_rectangles_equal_timms_evaluation_transform_exactly(crop_mode: str, size: tuple[int, int]) -> None:
@@ -65,6 +79,13 @@ def test_very_long_image_costs_no_more_than_its_crop() -> None:
     shown = render(image, Preprocessing.create(64, 0.875, "bilinear"))
     assert shown.shape == (64, 64, 3)
     np.testing.assert_array_equal(shown, np.broadcast_to(np.uint8([10, 20, 30]), shown.shape))
+
+
+def test_columns_of_a_very_tall_image_are_resized_first() -> None:
+    image = np.broadcast_to(noise(100, 1).repeat(10_000, axis=0), (1_000_000, 1, 3))
+    expected = Image.fromarray(np.ascontiguousarray(image)).resize((1, 64), Image.Resampling.BICUBIC)
+    shown = render(image, Preprocessing.create(64, 1.0, "bicubic", "squash"))
+    np.testing.assert_array_equal(shown, np.asarray(expected).repeat(64, axis=1))
 
 
 def test_long_images_are_rendered_nearly_alike_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
