@@ -6,6 +6,9 @@
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
     input            "uint8" if the models take rendered pixels, uint8 [batch, H, W, 3] RGB, and normalize
                      them; absent if they take normalized float32 [batch, 3, H, W]
+    steps            `description.describe_steps`: decode, resize, crop, normalize with all parameters
+    inputs, outputs  `description.describe_tensors`: name, dtype, shape; layout and color of the input,
+                     "softmax", "sigmoid" or null as `activation` of an output
     labels           class names in the order of the logits
     task             "multi-label" (sigmoid), "detection"; absent for one label per image (softmax)
     thresholds       for multi-label: the smallest probability at which each label is predicted
@@ -58,6 +61,7 @@ import numpy as np
 
 from . import runtime
 from .conversion.onnx_export import OnnxFile
+from .description import describe_steps, describe_tensors
 from .device import self_test
 from .device.sample_images import draw_images
 from .errors import ExportError
@@ -125,6 +129,7 @@ def write_manifest(
         "schema_version": runtime.SCHEMA_VERSION,
         "preprocessing": preprocessing.to_dict(),
         **({"input": runtime.UINT8} if takes_pixels else {}),
+        "steps": describe_steps(preprocessing, takes_pixels=takes_pixels),
         "labels": list(labels),
         **({} if thresholds is None else {"task": runtime.MULTI_LABEL, "thresholds": list(thresholds)}),
         **({} if decoder is None else {"task": runtime.DETECTION, "decoder": decoder.to_dict()}),
@@ -134,7 +139,8 @@ def write_manifest(
     }
     path = folder / runtime.MANIFEST
     try:
-        test = _build_self_test(folder, manifest)
+        test, tensors = _run_files(folder, manifest)
+        manifest.update(tensors)
         sha256 = hashlib.sha256(test).hexdigest()
         manifest["self_test"] = {"name": self_test.SELF_TEST, "bytes": len(test), "sha256": sha256}
         # Of the content as a reader gets it: JSON has no tuples.
@@ -150,17 +156,18 @@ def write_manifest(
     return path
 
 
-def _build_self_test(folder: Path, manifest: Mapping[str, Any]) -> bytes:
-    """Verify and run every model file; return the content of the self-test."""
+def _run_files(folder: Path, manifest: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """Verify and run every model file; return the content of the self-test, and `describe_tensors`."""
     preprocessing = runtime.Preprocessing.from_dict(manifest["preprocessing"])
     images = draw_images(max(runtime.height_width(preprocessing.size)))
     pixels = self_test.render_images(images, preprocessing)
-    files = {}
+    files, tensors = {}, {}
     for entry in manifest["files"]:
         content, name = runtime.read_verified(folder, entry), entry["name"]
         model = runtime.open_content(content, name, manifest=manifest)
         if entry["target"] is not None and not is_exact_here(entry["target"]):
             model.session = runtime.open_session(content, model.threads, fuse=False, name=name)
+        tensors = describe_tensors(model)
         outputs = self_test.sample_outputs(model, pixels)
         files[name] = {output: _round(values) for output, values in outputs.items()}
     test = {
@@ -168,7 +175,7 @@ def _build_self_test(folder: Path, manifest: Mapping[str, Any]) -> bytes:
         "pixels": [self_test.sample(image).astype(int).tolist() for image in pixels],
         "files": files,
     }
-    return json.dumps(test, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(test, separators=(",", ":"), allow_nan=False).encode(), tensors
 
 
 def _round(values: np.ndarray) -> list[list[float]]:

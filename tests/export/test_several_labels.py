@@ -55,6 +55,8 @@ def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(
         )  # fmt: skip
         manifest = json.loads((folder / "manifest.json").read_text())
         assert ("task" in manifest) == ("thresholds" in manifest) == (thresholds is not None)
+        activation = "softmax" if thresholds is None else "sigmoid"
+        assert [output["activation"] for output in manifest["outputs"]] == [activation]
         found = Classifier.load(folder, precision="fp32").thresholds
         assert (None if found is None else found.tolist()) == thresholds
 

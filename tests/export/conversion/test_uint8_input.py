@@ -264,8 +264,13 @@ def test_photo_gets_the_same_prediction_from_either_input(tmp_path: Path) -> Non
     for answer in answers[1:]:
         assert [label for label, _ in answer.top] == [label for label, _ in answers[0].top]
         np.testing.assert_allclose([p for _, p in answer.top], [p for _, p in answers[0].top], atol=1e-5)
-    assert "input" not in json.loads((a / "manifest.json").read_text())
-    assert json.loads((b / "manifest.json").read_text())["input"] == "uint8"
+    floats, taken = (json.loads((folder / "manifest.json").read_text()) for folder in (a, b))
+    assert ("input" in floats, taken["input"]) == (False, "uint8")
+    shared = {"name": "input", "color": "RGB"}
+    shapes = (["batch", 3, 32, 32], ["batch", 32, 32, 3])
+    assert floats["inputs"] == [{**shared, "dtype": "float32", "shape": shapes[0], "layout": "NCHW"}]
+    assert taken["inputs"] == [{**shared, "dtype": "uint8", "shape": shapes[1], "layout": "NHWC"}]
+    assert [step["step"] for step in taken["steps"]] == ["decode", "resize", "crop"]
 
 
 def test_classifier_of_pixels_refuses_floats(tmp_path: Path) -> None:

@@ -167,6 +167,11 @@ def test_boxes_are_in_pixels_of_the_image(height: int, width: int, crop_mode: st
 
 
 def test_detect_returns_labels_scores_and_boxes_in_the_image(artifact: Path) -> None:
+    described = json.loads((artifact / "manifest.json").read_text())["outputs"]
+    assert {output["name"]: output["activation"] for output in described} == {
+        "logits": "sigmoid",
+        "boxes": None,
+    }
     detector = Detector.load(artifact, precision="fp32")
     pixels = photo(150, 60)
     rendered = runtime.render(pixels, BORDER)[None]
