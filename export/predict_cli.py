@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = Path()) -> int:
         "--out", type=Path, metavar="FOLDER", help="of bench.DEVICE.json [default: the current folder]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
+    parser.add_argument("--file", help="model file in the folder [default: the faster one]")
     parser.add_argument(
         "--threads", type=_thread_count, help="number of threads [default: allowed cores, at most 4]"
     )

@@ -35,7 +35,8 @@ from ..runtime import (
     read_verified,
     runnable_targets,
 )
-from .machine import describe_device, slugify
+from ..runtime.processor import bench_file_name
+from .machine import describe_device
 from .self_test import render_images
 
 BENCH_VERSION = 1
@@ -324,7 +325,7 @@ def _format_interval(percentile: Mapping[str, float] | None) -> str:
 
 def write_bench(bench: Mapping[str, Any], folder: Path) -> Path:
     """Write `bench.DEVICE.json`. Raises ArtifactError if that is impossible."""
-    path = folder / f"bench.{slugify(bench['device']['processor'])}.json"
+    path = folder / bench_file_name(bench["device"]["processor"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(bench, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

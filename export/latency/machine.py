@@ -12,8 +12,8 @@ from pathlib import Path
 import onnxruntime as ort
 
 from .. import runtime
-from ..device.machine import processor_name
 from ..errors import ExportError
+from ..runtime.processor import processor_name
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from .processor import (
     default_threads,
     detect_target,
     int8_flags,
+    lacks_dot_products,
     runnable_targets,
 )
 from .session import CPU, open_session, refuse_external_data
@@ -97,6 +98,7 @@ __all__ = [
     "detect_target",
     "height_width",
     "int8_flags",
+    "lacks_dot_products",
     "make_size",
     "needed_size",
     "normalize",

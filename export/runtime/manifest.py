@@ -15,7 +15,8 @@ import onnxruntime as ort
 from .errors import ArtifactError
 from .outputs import Decoder
 from .preprocessing import SCHEMA_VERSION, Preprocessing, check_numbers, height_width
-from .processor import runnable_targets
+from .processor import bench_file_name, lacks_dot_products, processor_name, runnable_targets
+from .session import CPU
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26  # 21,000 classes take a third of a million
@@ -226,19 +227,57 @@ def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
 
 
 def choose_file(
-    files: Sequence[Mapping[str, Any]], folder: Path, name: str | None, precision: str
+    files: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    name: str | None,
+    precision: str | None,
+    threads: int,
 ) -> Mapping[str, Any]:
-    """Return the file named, or the first of the precision for this processor.
+    """Return the file named, or the first of the precision for this processor, by default the faster one.
 
-    If all int8 files are for other processors, the fp32 file is used.
+    The faster one is that of the results of `predict.py --bench` in the folder, if their intervals do not
+    overlap, otherwise int8 unless the processor lacks dot products. If all int8 files are for other
+    processors, the fp32 file is used.
     """
+    best: dict[str, Mapping[str, Any]] = {}
     for target in runnable_targets():
         for entry in files:
-            matches = entry["precision"] == precision and entry["target"] == target
-            if entry["name"] == name or (name is None and matches):
+            if entry["name"] == name:
                 return entry
-    for entry in files:
-        if name is None and precision == "int8" and entry["precision"] == "fp32":
-            return entry
+            if entry["target"] == target:
+                best.setdefault(entry["precision"], entry)
+    if name is None:
+        if precision is None and {"int8", "fp32"} <= best.keys():
+            usual = "fp32" if lacks_dot_products() else "int8"
+            return _find_faster((best["int8"], best["fp32"]), folder, threads) or best[usual]
+        for wanted in ("int8", "fp32") if precision in (None, "int8") else (precision,):
+            if wanted in best:
+                return best[wanted]
     available = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no files"
-    raise ArtifactError(f"{folder} contains no {name or f'{precision} file'}. Its manifest lists {available}")
+    wanted = name or f"{precision or 'int8'} file"
+    raise ArtifactError(f"{folder} contains no {wanted}. Its manifest lists {available}")
+
+
+def _find_faster(
+    entries: Sequence[Mapping[str, Any]], folder: Path, threads: int
+) -> Mapping[str, Any] | None:
+    """Return the file that was faster when `predict.py --bench` ran on this processor, None if unknown."""
+    if next(folder.glob("bench.*.json"), None) is None:
+        return None
+    try:
+        bench = json.loads((folder / bench_file_name(processor_name())).read_text(encoding="utf-8"))
+        is_disturbed = any(flag["threads"] == threads for flag in bench["flags"])
+        times = {
+            (result["name"], result["sha256"]): result["latency_ms"]["p50"]
+            for result in bench["results"]
+            if result["threads"] == threads
+        }
+        first, second = (times[entry["name"], entry["sha256"]] for entry in entries)
+        if is_disturbed or bench["provider"] != CPU:
+            return None
+        if first["high"] < second["low"]:
+            return entries[0]
+        return entries[1] if second["high"] < first["low"] else None
+    except _INVALID_JSON:
+        return None

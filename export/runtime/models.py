@@ -85,7 +85,7 @@ class Model:
         *,
         file: str | None = None,
         threads: int | None = None,
-        precision: str = "int8",
+        precision: str | None = None,
         providers: str | Sequence[str] = CPU,
     ) -> Self:
         """Load a model as `open_model` does. Raises ArtifactError, also if it is of the other class."""
@@ -345,20 +345,20 @@ def open_model(
     *,
     file: str | None = None,
     threads: int | None = None,
-    precision: str = "int8",
+    precision: str | None = None,
     providers: str | Sequence[str] = CPU,
 ) -> Classifier | Detector:
     """Load a model from a run folder, an artifact folder, or an .onnx file.
 
     In a folder, `file` is the name of the model file, by default the first of `precision` ('int8' or 'fp32')
-    for this processor; its size and checksum are verified. `providers` are those of `open_session`. Raises
-    ArtifactError.
+    for this processor, see `manifest.choose_file`; its size and checksum are verified. `providers` are those
+    of `open_session`. Raises ArtifactError.
     """
     path, count = Path(path), check_threads(threads)
     if path.is_file():
         return open_content(read_file(path), path.name, threads=count, providers=providers)
     folder, manifest = read_manifest(path)
-    entry = choose_file(manifest["files"], folder, file, precision)
+    entry = choose_file(manifest["files"], folder, name=file, precision=precision, threads=count)
     content = read_verified(folder, entry)
     return open_content(content, entry["name"], threads=count, manifest=manifest, providers=providers)
 

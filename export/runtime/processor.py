@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,13 +84,20 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "
 
 def int8_flags() -> tuple[str, ...]:
     """Return the processor's instruction sets that matter for int8, in Linux's names; empty elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return ()
-    lines = (line.partition(":") for line in text.splitlines())
-    flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
+    flags = _read_flags() or []
     return tuple(flag for flag in _FLAGS if flag in flags)
+
+
+def lacks_dot_products() -> bool:
+    """Return True on 64-bit ARM without instructions for int8 dot products, such as Cortex-A53 and A72."""
+    flags = _read_flags()
+    return detect_target() == "arm64" and flags is not None and "asimddp" not in flags
+
+
+def _read_flags() -> list[str] | None:
+    """Return the processor's instruction sets, None if they are unknown."""
+    lines = (line.partition(":") for line in _read(Path("/proc/cpuinfo")).splitlines())
+    return next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), None)
 
 
 def detect_target() -> str:
@@ -105,3 +114,30 @@ def runnable_targets() -> tuple[str | None, ...]:
     """Return the targets whose files this processor computes exactly, the best one first."""
     target = detect_target()
     return (target, "x86", None) if target == "x86-vnni" else (target, None)
+
+
+def processor_name(proc: Path = Path("/proc")) -> str:
+    """Return the processor's model; on boards that do not report it, such as Raspberry Pi, the board's."""
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    fields: dict[str, str] = {}
+    for line in _read(proc / "cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    board = _read(proc / "device-tree" / "model").strip("\0 \n")
+    name = fields.get("model name") or board or fields.get("hardware") or platform.processor()
+    return name or platform.machine()
+
+
+def bench_file_name(processor: str) -> str:
+    """Return the name of the file with the results of `predict.py --bench` on a processor."""
+    text = re.sub(r"\((r|tm)\)", "", processor.lower())
+    return f"bench.{re.sub(r'[^a-z0-9]+', '-', text).strip('-')[:60] or 'device'}.json"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""

@@ -10,6 +10,8 @@ import onnxruntime as ort
 from .errors import ArtifactError
 
 CPU = "CPUExecutionProvider"
+ORT_SUFFIX = ".ort"
+"""Suffix of ONNX Runtime's own format, which `onnxruntime.tools.convert_onnx_models_to_ort` writes."""
 
 
 def open_session(
@@ -47,9 +49,10 @@ def open_session(
     # Threads spin within a run, where microseconds count, and stop between runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Otherwise bytes that resemble ONNX Runtime's own format are read by another parser.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
     name = name if isinstance(model, bytes) else str(model)
+    # Otherwise bytes that resemble ONNX Runtime's own format are read by another parser.
+    format = "ORT" if name.endswith(ORT_SUFFIX) else "ONNX"
+    options.add_session_config_entry("session.load_model_format", format)
     try:
         session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -145,5 +148,6 @@ def _read_varint(content: memoryview, position: int) -> tuple[int, int]:
 def open_checked(
     model: bytes, name: str, threads: int, providers: str | Sequence[str]
 ) -> ort.InferenceSession:
-    refuse_external_data(model, name)
+    if not name.endswith(ORT_SUFFIX):  # that format has no weights in other files
+        refuse_external_data(model, name)
     return open_session(model, threads, name=name, providers=providers)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...export.device.machine import slugify
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
 from ...export.latency.machine import check_runtime
 from ...export.results import DeviceBench
 from ...export.runtime import ArtifactError, Size, default_threads, open_model
+from ...export.runtime.processor import bench_file_name
 from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
 from ..evaluation import latency
@@ -155,7 +155,7 @@ def add_devices(run: str | Path, files: Sequence[str | Path]) -> Report:
     folder.writes = True
     with folder.locked():
         for bench in benches:
-            name = f"bench.{slugify(bench.device.processor)}.json"
+            name = bench_file_name(bench.device.processor)
             write_text(folder.path / "bench" / name, bench.model_dump_json(indent=2) + "\n")
         return write(folder)
 

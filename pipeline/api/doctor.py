@@ -194,11 +194,11 @@ def _devices() -> Iterable[Finding]:
 
 
 def _int8() -> Iterable[Finding]:
-    from ...export.runtime import detect_target, int8_flags
+    from ...export.runtime import detect_target, int8_flags, lacks_dot_products
 
     target = detect_target()
     flags = ", ".join(int8_flags()) or "none that speed up int8"
-    slow = target == "x86" or (target == "arm64" and "asimddp" not in int8_flags())
+    slow = target == "x86" or lacks_dot_products()
     remedy = "int8 files run, but are hardly faster without VNNI or dot products" if slow else None
     yield _finding("int8", "instruction sets", flags, remedy)
     yield _finding("int8", "--target here", target)

@@ -14,7 +14,7 @@ from ...export.int8.quantizer import METHODS, Int8File, Prepared, prepare
 from ...export.int8.search import KEPT, Learned, Search, float_nodes, search
 from ...export.latency import runner
 from ...export.results import Candidate, FloatNode, Verdict
-from ...export.runtime import detect_target, int8_flags
+from ...export.runtime import detect_target, lacks_dot_products
 from ..data.training_data import TrainingData
 from ..evaluation.predictions import compute_onnx_logits
 from ..report.sections.int8 import explain_excess
@@ -252,10 +252,9 @@ def why_slow(tried: Candidate, parts: Sequence[FloatNode]) -> str | None:
         return None
     in_float = [part for part in parts if part.why.startswith(("ONNX Runtime has no", KEPT))]
     kinds = ", ".join(sorted({part.op_type for part in in_float}))
-    machine, flags = detect_target(), int8_flags()
-    if machine == "x86":
+    if detect_target() == "x86":
         reason = "this processor has no VNNI instructions for int8 products"
-    elif machine == "arm64" and "asimddp" not in flags and flags:
+    elif lacks_dot_products():
         reason = "this processor has no int8 dot product instructions"
     elif in_float:
         reason = f"{len(in_float)} of its nodes run in float between integer ones ({kinds})"

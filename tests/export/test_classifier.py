@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile
-from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, processor, session
+from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, manifest, processor, session
 
 from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
 
@@ -110,6 +111,64 @@ def test_precision_and_file_choose_among_the_manifests_files(run: Path) -> None:
     for wrong in ("other.onnx", "../artifact/student.onnx"):
         with pytest.raises(ArtifactError, match=r"student\.onnx \(fp32\), student\.int8\.onnx \(int8\)"):
             Classifier.load(run, file=wrong)
+
+
+def test_fp32_is_the_default_without_dot_products(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "lacks_dot_products", lambda: True)
+    assert Classifier.load(run).name == "student.onnx"
+    assert Classifier.load(run, precision="int8").name == "student.int8.onnx"
+
+
+@pytest.mark.parametrize(
+    ("int8", "change", "usual", "other"),
+    [
+        ((1, 2), {}, "student.int8.onnx", "student.int8.onnx"),
+        ((5, 6), {}, "student.onnx", "student.onnx"),
+        ((3, 5), {}, "student.int8.onnx", "student.onnx"),  # the intervals overlap
+        ((1, 2), {"flags": [{"threads": 1}]}, "student.int8.onnx", "student.onnx"),
+        ((1, 2), {"provider": "CUDAExecutionProvider"}, "student.int8.onnx", "student.onnx"),
+        ((1, 2), {"results": [3]}, "student.int8.onnx", "student.onnx"),
+    ],
+)
+def test_results_of_the_bench_decide_which_file_is_the_default(
+    run: Path,
+    int8: tuple[int, int],
+    change: dict[str, Any],
+    usual: str,
+    other: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = run / "artifact"
+    results = [
+        {
+            "name": entry["name"],
+            "sha256": entry["sha256"],
+            "threads": 1,
+            "latency_ms": {"p50": {"low": low, "high": high}},
+        }
+        for entry in json.loads((folder / "manifest.json").read_text())["files"]
+        for low, high in [int8 if entry["precision"] == "int8" else (3, 4)]
+    ]
+    bench = {"results": results, "flags": [], "provider": runtime.CPU, **change}
+    (folder / processor.bench_file_name(processor.processor_name())).write_text(json.dumps(bench))
+    assert Classifier.load(run, threads=1).name == usual
+    assert Classifier.load(run, threads=2).name == "student.int8.onnx"
+    monkeypatch.setattr(manifest, "lacks_dot_products", lambda: True)
+    assert Classifier.load(run, threads=1).name == other
+
+
+def test_ort_file_is_loaded_with_its_metadata(run: Path, tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "student.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    metadata = runtime.build_metadata(PREPROCESSING, LABELS, {})
+    file = colour_classifier(tmp_path / "student.onnx", metadata)
+    ort.InferenceSession(str(file), options, providers=[runtime.CPU])
+    [prediction] = Classifier.load(tmp_path / "student.ort").predict(plain(255, 0, 51))
+    assert prediction == Classifier.load(run, precision="fp32").predict(plain(255, 0, 51))[0]
+    (tmp_path / "damaged.ort").write_bytes((tmp_path / "student.ort").read_bytes()[:900])
+    with pytest.raises(ArtifactError, match=r"onnxruntime cannot load damaged\.ort: "):
+        Classifier.load(tmp_path / "damaged.ort")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")

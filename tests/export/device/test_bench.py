@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from questpress.export import predict_cli
-from questpress.export.device import bench, machine
+from questpress.export.device import bench
 from questpress.export.device.bench import Timing
+from questpress.export.runtime import processor
 
 from tests.export.device.test_self_test import write_artifact
 
@@ -81,7 +82,7 @@ def test_bench_times_the_files_of_this_processor(
     assert predict_cli.main(arguments) == 0
     [path] = out.iterdir()
     text, shown = path.read_text("utf-8"), capsys.readouterr().out
-    assert path.name == f"bench.{machine.slugify(machine.processor_name())}.json"
+    assert path.name == processor.bench_file_name(processor.processor_name())
     assert f"Written to {path}" in shown
     results = json.loads(text)["results"]
     assert [result["name"] for result in results] == ["student.int8.onnx", "student.onnx"]
@@ -101,8 +102,9 @@ def test_board_is_named_if_the_processor_is_not(tmp_path: Path) -> None:
     (tmp_path / "device-tree").mkdir()
     (tmp_path / "device-tree" / "model").write_bytes(b"Raspberry Pi 4 Model B Rev 1.4\0")
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nCPU part\t: 0xd08\n\nHardware\t: BCM2835\n")
-    assert machine.processor_name(tmp_path) == "Raspberry Pi 4 Model B Rev 1.4"
+    assert processor.processor_name(tmp_path) == "Raspberry Pi 4 Model B Rev 1.4"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD Ryzen 7\n")
-    assert machine.processor_name(tmp_path) == "AMD Ryzen 7"
-    assert machine.slugify("Intel(R) Core(TM) i7-8700 @ 3.20GHz") == "intel-core-i7-8700-3-20ghz"
-    assert machine.slugify("…") == "device"
+    assert processor.processor_name(tmp_path) == "AMD Ryzen 7"
+    name = "Intel(R) Core(TM) i7-8700 @ 3.20GHz"
+    assert processor.bench_file_name(name) == "bench.intel-core-i7-8700-3-20ghz.json"
+    assert processor.bench_file_name("…") == "bench.device.json"

@@ -115,6 +115,23 @@ def test_target_is_detected(monkeypatch: pytest.MonkeyPatch, kind: tuple[str, st
     assert runtime.detect_target() == name
 
 
+@pytest.mark.parametrize(
+    ("kind", "lacks"),
+    [
+        (("aarch64", "Features\t: fp asimd evtstrm aes crc32 cpuid\n"), True),  # Cortex-A72
+        (ARM, False),
+        (("arm64", None), False),
+        (("aarch64", ""), False),
+        (NO_VNNI, False),
+    ],
+)
+def test_dot_products_of_arm_are_detected(
+    monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str | None], lacks: bool
+) -> None:
+    pretend(monkeypatch, kind)
+    assert runtime.lacks_dot_products() == lacks
+
+
 def test_environment_names_the_processor_and_its_int8_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, VNNI)
     here = machine.environment()
