@@ -31,6 +31,8 @@ SOURCES = [
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 OTHER_TOOLS = {
     *("--artifact", "--self-test", "--provider", "--bench"),  # predict.py
+    *("--onnx", "--fp16", "--shapes"),  # trtexec
+    "--model",  # stedgeai
     "--backend-store-uri",  # mlflow
     "--body-file",  # gh
     "--force-reinstall",  # pip
