@@ -11,19 +11,17 @@ import numpy as np
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
 from ...export.latency.machine import check_runtime
-from ...export.results import DeviceBench
 from ...export.runtime import ArtifactError, Size, default_threads, open_model
-from ...export.runtime.processor import bench_file_name
 from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
 from ..evaluation import latency
-from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images, open_files
+from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images
 from ..runs.console import Display
 from ..runs.files import atomic_write, check_writable, command_line, write_text
 from ..runs.folder import RunFolder
 from ..runs.hashes import sha256
-from ..runs.record import read_json, with_checksum
-from ..runs.results import Bench, Report, TimedFile
+from ..runs.record import with_checksum
+from ..runs.results import Bench, TimedFile
 
 FOLDER = Path("bench-results")
 """Default output folder for files that are not one run's."""
@@ -114,50 +112,6 @@ def bench(
 
             write(RunFolder.read(folder.parent))
     return result
-
-
-def add_devices(run: str | Path, files: Sequence[str | Path]) -> Report:
-    """Copy results of ``predict.py --bench`` into a run folder and write its report again.
-
-    Results of the same device are replaced.
-
-    Args:
-        run: a run folder with an artifact.
-        files: files ``bench.DEVICE.json``.
-
-    Raises:
-        UsageError: it is not a run folder, or a file is not the result of one of its model files.
-        JobError: the results cannot be written, or another process uses the run folder.
-    """
-    from ..report.run_report import write
-
-    folder = RunFolder.read(Path(run))
-    manifest = open_files(folder.path)[0].manifest
-    assert manifest is not None  # it is a folder
-    hashes = {entry["sha256"] for entry in manifest["files"]}
-    benches = []
-    for file in map(Path, files):
-        try:
-            bench = DeviceBench.model_validate(read_json(file))
-        except OSError as error:
-            raise UsageError(f"--add {file}: {error.strerror}.") from error
-        except ValueError as error:
-            raise UsageError(
-                f"--add {file} is not a result of this version of predict.py --bench. Repeat the bench with "
-                f"the artifact of {folder.path}."
-            ) from error
-        if not hashes.intersection(result.sha256 for result in bench.results):
-            raise UsageError(
-                f"--add {file} timed other model files than those of {folder.path}. Copy its artifact to the "
-                "device and repeat the bench."
-            )
-        benches.append(bench)
-    folder.writes = True
-    with folder.locked():
-        for bench in benches:
-            name = bench_file_name(bench.device.processor)
-            write_text(folder.path / "bench" / name, bench.model_dump_json(indent=2) + "\n")
-        return write(folder)
 
 
 def results_folder(paths: Sequence[Path], out: str | Path | None) -> Path:

@@ -1,6 +1,7 @@
 """The commands, each a thin layer over a function of ``api``."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -179,7 +180,7 @@ export.params += [
     help="smallest score of a detected object [default: 0.5]",
 )
 @click.option("--draw", type=PATH, metavar="FILE", help="write the image with its objects' boxes")
-@click.option("--file", help="the .onnx file of the artifact to use [default: the int8 file]")
+@click.option("--file", help="the .onnx file of the artifact to use [default: the faster one]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per line")
 def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
@@ -265,6 +266,14 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     metavar="FILE",
     help="measure nothing, and add a bench.DEVICE.json of predict.py --bench to the run; can be repeated",
 )
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="ssh:USER@HOST",
+    help="run predict.py --bench of the run's artifact there, and add the result to the run; can be repeated",
+)
+@click.option("--setup", is_flag=True, help="install the packages on --device, in a temporary environment")
 @json_option
 @quiet_option
 @click.pass_context
@@ -275,27 +284,42 @@ def bench(
     out: Path | None,
     strict: bool,
     add: tuple[Path, ...],
+    devices: tuple[str, ...],
+    setup: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure inference latency on this machine.
+    """Measure inference latency on this machine, or on devices.
 
     PATHS are run folders, artifact folders and .onnx files, which are measured together in interleaved
     rounds. The report of a single run folder is updated.
     """
-    from ..api.bench import add_devices, bench, results_folder
+    from ..api.bench import bench, results_folder
+    from ..api.devices import add_devices, bench_devices
     from ..report.terminal import show_bench, show_devices
 
-    if add:
+    if add or devices:
+        used, allowed = ("--device", {"devices", "setup", "seconds"}) if devices else ("--add", {"add"})
         if len(paths) != 1:
-            fail(f"--add requires one run folder, got {len(paths)} paths.", 2)
-        for name in set(context.params) - {"paths", "add", "as_json", "quiet"}:
+            fail(f"{used} requires one run folder, got {len(paths)} paths.", 2)
+        for name in set(context.params) - allowed - {"paths", "as_json", "quiet"}:
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 option = "--runtime" if name == "runtimes" else f"--{name.replace('_', '-')}"
-                fail(f"--add measures nothing, so {option} cannot be used with it.", 2)
-        report = exit_on_error(lambda: add_devices(paths[0], add))
+                fail(f"{used} and {option} cannot be used together.", 2)
+        seconds, quiet = options["seconds"], options["quiet"]
+        if seconds is not None and not 0 < seconds < math.inf:
+            fail(f"--seconds must be greater than 0 and finite, got {seconds:g}.", 2)
+        report = exit_on_error(
+            lambda: (
+                bench_devices(paths[0], devices, setup=setup, seconds=seconds, quiet=quiet)
+                if devices
+                else add_devices(paths[0], add)
+            )
+        )
         _print(report, lambda added: show_devices(added, paths[0]), as_json=as_json)
         return
+    if setup:
+        fail("--setup requires --device.", 2)
     result = exit_on_error(
         lambda: bench(
             paths,

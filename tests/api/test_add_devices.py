@@ -1,6 +1,7 @@
-"""`compress bench RUN --add`: benches of devices in the report and the model card."""
+"""`compress bench RUN --add`, `--device`: benches of devices in the report and the model card."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_results_of_files_that_were_exported_again_are_left_out(
         ({"bench_version": 2}, [], "is not a result of this version of predict.py --bench"),
         ({"results": [{}]}, [], "is not a result of this version"),
         ({"host": "pi"}, [], "is not a result of this version"),
-        ({}, ["--seconds", "3"], "--add measures nothing, so --seconds cannot be used with it"),
+        ({}, ["--seconds", "3"], "--add and --seconds cannot be used together"),
         ({}, ["--add", "nowhere.json"], "--add nowhere.json: No such file or directory"),
         ({}, ["other"], "--add requires one run folder, got 2 paths"),
     ],
@@ -96,3 +97,52 @@ def test_invalid_benches_of_devices_are_refused(
     done = compress("bench", finished, "--add", write(tmp_path, measured | change, "Pi"), *options)
     assert done.exit_code == 2 and message in " ".join(done.stderr.split())
     assert (finished / "report.json").read_bytes() == before
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program ssh that runs the command here and writes its destination to a file."""
+    programs, log = tmp_path / "programs", tmp_path / "destination"
+    programs.mkdir()
+    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "ssh").write_text(f'#!/bin/sh\necho "$1" > {log}\ncd /\nexec sh -c "$2"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return log
+
+
+def test_bench_over_ssh_is_added_to_the_report(a_run: Path, ssh: Path, tmp_path: Path) -> None:
+    done = compress("bench", a_run, "--device", "ssh:pi@board.local", "--seconds", "0.02")
+    assert done.exit_code == 0, done.stderr
+    assert ssh.read_text() == "pi@board.local\n"
+    [bench] = Report.model_validate_json((a_run / "report.json").read_text("utf-8")).devices
+    assert bench.seconds == 0.02 and len(bench.results) >= 2
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_failing_bench_over_ssh_is_one_sentence(a_run: Path, ssh: Path) -> None:
+    (ssh.parent / "programs" / "python3").write_text("#!/bin/sh\necho 'Error: no space' >&2\nexit 3\n")
+    done = compress("bench", a_run, "--device", "ssh://pi@board:2222")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "--device ssh://pi@board:2222 failed: no space." in " ".join(done.stderr.split())
+    assert ssh.read_text() == "ssh://pi@board:2222\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "pi@board"], "--device must have the form ssh:USER@HOST, got 'pi@board'"),
+        (["--device", "ssh:-oProxyCommand=x"], "--device must have the form"),
+        (["--device", "ssh:a;b"], "--device must have the form"),
+        (["--device", "ssh:pi", "--quick"], "--device and --quick cannot be used together"),
+        (["--device", "ssh:pi", "--seconds", "0"], "--seconds must be greater than 0 and finite, got 0"),
+        (["--setup"], "--setup requires --device"),
+    ],
+)
+def test_invalid_devices_are_refused(finished: Path, ssh: Path, options: list[str], message: str) -> None:
+    done = compress("bench", finished, *options)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split())
+    assert not ssh.exists()
