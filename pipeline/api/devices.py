@@ -25,6 +25,7 @@ _SCRIPT = """
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+trap 'exit 1' HUP INT TERM
 cd "$folder"
 tar -xf -
 {
