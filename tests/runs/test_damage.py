@@ -188,10 +188,10 @@ def test_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypatch
     def fails(*_, **__):
         raise ExportError("it does not compute what the network does")
 
-    before = {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()}
+    before = {name: content for name, (_, content) in little.files(a_run / "artifact").items()}
     monkeypatch.setattr("questpress.pipeline.stages.export.check_parity", fails)
     refused(compress("export", a_run, "--opset", "19"), 1, "does not compute")
-    assert {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()} == before
+    assert {name: content for name, (_, content) in little.files(a_run / "artifact").items()} == before
 
 
 def test_missing_input_is_not_a_write_error(tmp_path):
