@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..config.limits import MAX_THREADS
 from ..errors import UsageError
 from ..runs import process
 from .main import exit_on_error, fail
-from .options import GroupedCommand, SizeType, get_heading, run_options, select_given
+from .options import GroupedCommand, SizeType, get_heading, import_option, run_options, select_given
 
 PATH = click.Path(path_type=Path)
 
@@ -29,28 +28,6 @@ threads_option = click.option(
 cache_option = click.option("--cache", type=PATH, help="cache folder [default: the user's cache folder]")
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
-
-
-def _import_modules(_context: click.Context, _option: click.Parameter, modules: tuple[str, ...]) -> None:
-    """Import modules of the current folder or the environment."""
-    if modules:
-        sys.path.insert(0, str(Path.cwd()))
-    for name in modules:
-        try:
-            import_module(name)
-        except Exception as error:  # whatever the user's module raises
-            fail(f"Error: --import {name}: {type(error).__name__}: {error}.", 2)
-
-
-import_option = click.Option(
-    ["--import", "modules"],
-    multiple=True,
-    metavar="MODULE",
-    is_eager=True,
-    expose_value=False,
-    callback=_import_modules,
-    help="run a Python module of yours that registers networks with timm; can be repeated",
-)
 
 
 def _print_json(text: str) -> None:

@@ -1,7 +1,9 @@
 """Create the click options of a run from ``config.options.Options``."""
 
+import sys
 import types
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -10,6 +12,7 @@ import click
 from .. import methods
 from ..config import defaults
 from ..config.options import GROUPS, Options, get_flag, get_group, parse_size
+from .main import fail
 
 
 class SizeType(click.ParamType):
@@ -115,6 +118,28 @@ METAVARS = {"milestones": "E,E,…", "image_size": "SIZE", "student_size": "SIZE
 
 COMPLETIONS = {"method": _complete_method, "recipe": _complete_recipe}
 """Functions that complete an option's value in a shell."""
+
+
+def _import_modules(_context: click.Context, _option: click.Parameter, modules: tuple[str, ...]) -> None:
+    """Import modules of the current folder or the environment."""
+    if modules:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever the user's module raises
+            fail(f"Error: --import {name}: {type(error).__name__}: {error}.", 2)
+
+
+import_option = click.Option(
+    ["--import", "modules"],
+    multiple=True,
+    metavar="MODULE",
+    is_eager=True,
+    expose_value=False,
+    callback=_import_modules,
+    help="run a Python module of yours that registers networks with timm; can be repeated",
+)
 
 
 def select_given(options: Mapping[str, Any]) -> dict[str, Any]:
