@@ -14,7 +14,6 @@ from ...export.runtime import Size, detect_target, height_width, make_size
 from ...models.build import (
     check_activation,
     check_size,
-    fits_bf16,
     has_batch_norm,
     is_detector,
     show_size,
@@ -224,11 +223,6 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     )
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
-    assert chosen.image_size is not None
-    sizes = [*((name, chosen.image_size) for name in chosen.teacher)]
-    sizes.append((chosen.student, chosen.student_size or chosen.image_size))
-    if chosen.precision == "auto" and not all(fits_bf16(name, size) for name, size in sizes):
-        chosen.precision = "fp32"
     _choose_export(chosen)
     _choose_views(chosen, data)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...export.latency.machine import environment
 from ...export.runtime import allowed_cores, processor
+from ...models.build import fits_bf16
 from ..errors import JobError, UsageError
 from . import process
 
@@ -96,6 +97,7 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     bf16 is faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products such
     as the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
     """
+    precision = allowed_precision(device, precision, network)
     pays = precision == "auto" and bf16_pays(device)
     if precision == "auto":
         convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
@@ -103,6 +105,14 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
         precision = "bf16" if pays and not (device == "cpu" and is_depthwise) else "fp32"
     heads = "bf16" if pays and precision == "fp32" else "as the network"
     return Engine(device, threads(), precision, heads=heads)
+
+
+def allowed_precision(device: str, precision: str, network: nn.Module) -> str:
+    """Return ``fp32`` in place of ``auto`` for a network whose gradients would be wrong in bf16."""
+    built_as = getattr(network, "built_as", None)
+    if precision != "auto" or device != "cpu" or built_as is None:
+        return precision
+    return "auto" if fits_bf16(built_as.name, built_as.image_size) else "fp32"
 
 
 @contextmanager

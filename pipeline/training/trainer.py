@@ -18,7 +18,7 @@ from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.predictions import compute_logits
 from ..report.format import plural
-from ..runs.device import Engine, device_name, threads, use_threads
+from ..runs.device import Engine, allowed_precision, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
 from ..runs.results import Epoch
 from ..runs.threads import ThreadTuner
@@ -203,7 +203,7 @@ def _fastest_engine(
             batch,
             make_optimizer,
             steps,
-            precision=o.precision,
+            precision=allowed_precision(task.engine.device, o.precision, task.network),
             compile=o.compile,
             note=note,
             has_micro_batches=plan.micro_batch is not None,

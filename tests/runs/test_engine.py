@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from questpress.export import runtime
+from questpress.models.build import build
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.runs import device
 from questpress.pipeline.runs.device import Engine, free_memory
@@ -102,3 +103,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="got 2 with 2 GPUs"):
         device.choose_device("cuda", 2)
     assert used == [1]
+
+
+def test_networks_that_bf16_does_not_fit_are_trained_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "bf16_pays", lambda _: True)
+    precisions = {
+        (size, precision): device.choose_engine("cpu", precision, network).precision
+        for size in (16, 32)
+        for network in [build("resnet18", num_classes=2, image_size=size)]
+        for precision in ("auto", "bf16")
+    }
+    assert precisions == {
+        (16, "auto"): "fp32",
+        (16, "bf16"): "bf16",
+        (32, "auto"): "bf16",
+        (32, "bf16"): "bf16",
+    }
