@@ -84,7 +84,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         result = little.compress(
             *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
             "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out,
-            "--cache", cache,
+            "--cache", cache, "--calibration", "minmax", "--calibration-images", "32",
         )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     (out.parent / "stderr.txt").write_text(result.stderr)
