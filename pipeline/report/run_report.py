@@ -33,6 +33,17 @@ FILES = ("report.html", "report.md", "report.json")
 MIN_INTERVAL, MAX_FRACTION = 5.0, 0.01
 """Seconds between reports during a training, and their fraction of its time."""
 MAX_CLASSES = 40
+HUB_LICENSES = {
+    "apache-2.0",
+    "apple-amlr",
+    "apple-ascl",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "gemma",
+    "mit",
+}
+"""Identifiers of the Hugging Face Hub among the licenses of timm's weights. It refuses cards with others."""
 MAX_WEAK_CLASSES = 3
 
 
@@ -184,7 +195,8 @@ def _license(report: Report, licenses: Sequence[str]) -> str:
     if len(licenses) == 1:
         student = report.student.license if report.student else None
         source = "the student's initial weights" if student else "the teacher's weights"
-        entry = yaml.safe_dump({"license": licenses[0].lower()}, allow_unicode=True, width=1000)
+        name = re.sub(r"[^a-z0-9.]+", "-", licenses[0].lower()).strip("-")
+        entry = f"license: {name}\n" if name in HUB_LICENSES else f"license: other\nlicense_name: {name}\n"
         return f"# The license of {source}, from which these weights were made.\n{entry}"
     if licenses:
         return f"# Made from weights under several licenses: {', '.join(licenses)}\nlicense: other\n"

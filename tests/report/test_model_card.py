@@ -43,6 +43,10 @@ def read_metadata(text: str) -> dict[str, Any]:
 
 def test_license_is_that_of_the_initial_weights() -> None:
     assert read_metadata(model_card(reports.full(), manifest()))["license"] == "apache-2.0"
+    unlisted = manifest()
+    unlisted["origin"]["licenses"] = ["SEER license"]
+    content = read_metadata(model_card(reports.full(), unlisted))
+    assert (content["license"], content["license_name"]) == ("other", "seer-license")
     several = manifest()
     several["origin"]["licenses"] = ["apache-2.0", "CC BY-NC 4.0"]
     assert read_metadata(model_card(reports.full(), several))["license"] == "other"
