@@ -1,10 +1,8 @@
 """The commands, each a thin layer over a function of ``api``."""
 
-import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,25 @@ from ...export.text import encodable_json
 from ..config.limits import MAX_THREADS
 from ..errors import UsageError
 from ..runs import process
+from .cache import cache as cache
 from .main import exit_on_error, fail
-from .options import GroupedCommand, SizeType, get_heading, import_option, run_options, select_given
-
-PATH = click.Path(path_type=Path)
+from .options import (
+    PATH,
+    GroupedCommand,
+    SizeType,
+    cache_option,
+    get_heading,
+    import_option,
+    json_option,
+    run_options,
+    select_given,
+)
 
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1, MAX_THREADS),
     help="number of threads [default: the available cores, at most 4]",
 )
-cache_option = click.option("--cache", type=PATH, help="cache folder [default: the user's cache folder]")
-json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
 
 
@@ -385,46 +390,6 @@ def recipes() -> None:
     for name in recipes.list_recipes():
         recipe = recipes.load_recipe(name)
         click.echo(f"{name:<22}{recipe.about}\n{'':<22}{recipe.source}")
-
-
-@click.group()
-def cache() -> None:
-    """List or prune cached teacher outputs."""
-
-
-@cache.command("list")
-@cache_option
-@json_option
-def list_command(cache: Path | None, as_json: bool) -> None:
-    """List cached teacher outputs with size and last use."""
-    from ..api.cache import list_cache, outputs_folder
-    from .tables import print_cache
-
-    outputs, unreadable = exit_on_error(lambda: list_cache(cache))
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in outputs], indent=2))
-    else:
-        print_cache(outputs, unreadable, outputs_folder(cache))
-
-
-@cache.command()
-@click.option("--keep", required=True, metavar="SIZE", help="size to keep, such as 10GB, 500MB or 0")
-@cache_option
-def prune(keep: str, cache: Path | None) -> None:
-    """Remove the least recently used teacher outputs until at most SIZE is left."""
-    from ..api.cache import outputs_folder, parse_size, prune_cache
-    from ..report.format import megabytes
-
-    pruned = exit_on_error(lambda: prune_cache(parse_size(keep), cache))
-    click.echo(
-        f"Removed {pruned.removed:,} of {pruned.entries:,} entries ({megabytes(pruned.bytes_removed)}). "
-        f"{megabytes(pruned.bytes_left)} left."
-    )
-    if pruned.in_use:
-        click.echo(
-            f"{pruned.in_use:,} entries could not be removed: they are in use, or {outputs_folder(cache)} "
-            "is not writable."
-        )
 
 
 @click.command()

@@ -14,6 +14,11 @@ from ..config import defaults
 from ..config.options import GROUPS, Options, get_flag, get_group, parse_size
 from .main import fail
 
+PATH = click.Path(path_type=Path)
+
+cache_option = click.option("--cache", type=PATH, help="cache folder [default: the user's cache folder]")
+json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+
 
 class SizeType(click.ParamType):
     """Pixels of a side, or of height and width."""
