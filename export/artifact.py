@@ -69,7 +69,7 @@ from .files import write_bytes
 from .int8.targets import is_exact_here
 from .text import escape_controls
 
-PREDICT, LABELS = "predict.py", "labels.txt"
+PREDICT, LABELS, CARD = "predict.py", "labels.txt", "README.md"
 RUNTIME = "questpress_runtime"
 """Folder of an artifact that `predict.py` imports: copies of this package's files that run on a device."""
 
@@ -251,3 +251,11 @@ def write_runtime(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
             write_bytes(path, content)
+
+
+def list_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the paths of an artifact's files, and of no others that the folder may contain."""
+    names = [runtime.MANIFEST, CARD, LABELS, PREDICT, self_test.SELF_TEST]
+    names += [str(entry["name"]) for entry in manifest["files"]]
+    names += [path.relative_to(folder).as_posix() for path in (folder / RUNTIME).rglob("*.py")]
+    return sorted(name for name in names if (folder / name).is_file())

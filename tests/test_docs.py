@@ -40,6 +40,8 @@ OTHER_TOOLS = {
     "--signal",  # Slurm
     "--logdir",  # tensorboard
     "--no-cache-dir",  # pip
+    "--data-binary",  # curl
+    "--local-dir",  # hf
     "--shm-size",  # docker
     "--no",  # the start of --no-flip and others
 }

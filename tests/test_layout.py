@@ -27,15 +27,16 @@ MORE_ENTRIES = {
     "models": 14,  # a file for each step from a name to a network, and its parts
     "tests/models": 15,
     "pipeline": 13,  # eleven layers, errors.py and __main__.py
-    "pipeline/api": 14,  # a file for each command, and their inputs
+    "pipeline/api": 15,  # a file for each command, and their inputs
     "pipeline/methods": 16,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
+    "tests/api": 13,  # a file for each command
     "tests": 25,  # the folders of the source, and tests of the whole repository
     "tests/data": 14,  # a file for each step from a file to a view
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 212, 40_910, 31_730
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 214, 41_033, 31_851
 """Only a new feature may raise these."""
 
 

@@ -20,7 +20,7 @@ from ..runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit
 T = TypeVar("T")
 
 COMMANDS = {
-    "Train and export": ("run", "sweep", "export"),
+    "Train and export": ("run", "sweep", "export", "push"),
     "Inspect and measure": ("predict", "validate", "bench", "compare", "report"),
     "Setup": ("models", "recipes", "cache", "doctor"),
 }

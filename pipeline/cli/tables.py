@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 from rich.markup import escape
 from rich.text import Text
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ...models.catalog import Entry
     from ..api.cache import CachedOutputs
     from ..api.doctor import Diagnosis
+    from ..api.push import Push
 
 MARKS = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
 
@@ -98,3 +100,14 @@ def print_diagnosis(diagnosis: "Diagnosis") -> None:
         if diagnosis.can_run
         else f"compress cannot run on this machine. Missing requirements: {missing}."
     )
+
+
+def print_push(push: "Push") -> None:
+    """Print the address of an upload, or the files that a dry run has listed."""
+    if push.url is not None:
+        click.echo(push.url)
+        return
+    for name, size in push.files.items():
+        click.echo(f"{size:>12,}  {name}")
+    files, total = format.plural(len(push.files), "file"), format.megabytes(sum(push.files.values()))
+    click.echo(f"{files}, {total}, for {push.repository}. Nothing was sent.")

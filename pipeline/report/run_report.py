@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ...export.artifact import write_runtime
+from ...export.artifact import CARD, write_runtime
 from ...export.runtime import UINT8, Preprocessing, height_width, read_manifest
 from ...export.text import escape_controls
 from ..evaluation.calibration import Sigmoid
@@ -121,7 +121,7 @@ def write_card(report: Report, folder: Path) -> None:
     """Write README.md and the runtime into an artifact folder, each file atomically."""
     _, manifest = read_manifest(folder)
     write_runtime(folder)
-    write_if_changed(folder / "README.md", model_card(report, manifest))
+    write_if_changed(folder / CARD, model_card(report, manifest))
 
 
 def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
