@@ -31,14 +31,17 @@
     self_test        name, bytes, sha256 of `self_test.SELF_TEST`
     files            for each model file:
         name             name in the folder
-        precision        "fp32" or "int8"
+        precision        "fp32", "int8" or "fp16"
         target           processor family, null for any
         bytes, sha256    of its content
         opset            version of ONNX's operator set
         ir_version       version of the ONNX format, which the device's runtime must support
         quantization     the recipe of int8, null otherwise
         accuracy         of this file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high (95 %
-                         interval), and more; null if not measured
+                         interval), and more; null if not measured. Of fp16 with all tensors rounded to fp16,
+                         see `conversion.half`
+        parity           of fp16: `max_abs`, largest difference of a logit to fp32; `same`, images with the
+                         same prediction; `n`, images. Absent for others
     checksum         `runtime.compute_checksum` of the other fields
 
 The manifest contains no user name, host name or local path. It does not list `predict.py`, the folder
@@ -86,6 +89,7 @@ class ShippedFile:
     accuracy: Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
     target: str | None = None
+    parity: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's entry in the manifest."""
@@ -99,6 +103,7 @@ class ShippedFile:
             "ir_version": self.file.ir_version,
             "quantization": None if self.quantization is None else dict(self.quantization),
             "accuracy": None if self.accuracy is None else dict(self.accuracy),
+            **({} if self.parity is None else {"parity": dict(self.parity)}),
         }
 
 

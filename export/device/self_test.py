@@ -40,7 +40,7 @@ MAX_SAMPLES = 64
 LARGEST = 1e30  # in place of infinity, which JSON lacks
 PIXELS, PIXEL_TOLERANCE = "pixels", 1.0
 """Largest difference of the pixels, root mean square in levels."""
-TOLERANCES = {"fp32": 0.01, "int8": 0.1}
+TOLERANCES = {"fp32": 0.01, "fp16": 0.05, "int8": 0.1}
 """Largest difference of the outputs by precision of the file, see `compare_outputs`."""
 
 
@@ -138,9 +138,13 @@ def _explain(failures: Sequence[str], versions: Mapping[str, str]) -> str | None
             f"onnxruntime {ort.__version__} computes other outputs on this processor than onnxruntime "
             f"{versions.get('onnxruntime')} of the export. Install that version"
         )
-    if failures:
+    if "int8" in failures:
         return (
             f"the int8 kernels of onnxruntime {ort.__version__} are inexact on this processor, "
             f"{platform.machine()}. Use --file student.onnx, or export the run with its --target"
+        )
+    if failures:
+        return (
+            "the fp16 file computes other outputs on this processor than at export. Use --file student.onnx"
         )
     return None

@@ -124,6 +124,7 @@ Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_to_list)]
 Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_to_list)]
+Formats = Annotated[list[Literal["fp16"]], BeforeValidator(_to_list)]
 Epochs = Annotated[
     list[Annotated[int, Field(ge=1)]],
     Field(min_length=1),
@@ -366,6 +367,9 @@ class Options(BaseModel):
         "batch size of the exported files: dynamic (any), or 1, which compilers for phones require",
         "dynamic",
         enters="export",
+    )
+    formats: Formats = export_option(
+        "further files, each checked against fp32: fp16 (for browsers and GPUs)", [], enters="validate"
     )
     bench_seconds: float = export_option(
         "seconds of measurement per network and number of threads", 2.0, enters="bench", gt=0

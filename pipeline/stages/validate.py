@@ -1,6 +1,6 @@
 """validate: measure the accuracy of the files that ship, in ONNX Runtime on test, and write the manifest."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..runs.scores import Calibration, Score
 from ..tasks.base import Outputs, Task
 from ..training.context import RunContext
 from .export import STUDENT_ONNX, origin
+from .formats import describe_formats, write_formats
 from .teacher import LOGITS
 
 MANIFEST = ARTIFACT / "manifest.json"
@@ -89,7 +90,9 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     _warn(context, previous, scores["student"], labels)
     if (measured := facts[ships].get("calibration")) is not None and measured.get("before") is not None:
         _check_calibration(context, measured["before"]["ece"], measured["ece"])
-    _write_manifest(context, data, previous, scores["student"], target_scores, model)
+    further = write_formats(context, pixels, Outputs(logits["student"], labels, thresholds))
+    outputs += [(ARTIFACT / file.file.path.name).as_posix() for file in further]
+    _write_manifest(context, data, previous, scores["student"], target_scores, model, further)
     score = scores[ships]
     summary = f"on {len(labels)} test images: fp32 {scores['student'].text}"
     if ships == "student_int8":
@@ -97,7 +100,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     summary += f" ({score.low:.1f} to {score.high:.1f})"
     if teacher is not None:
         summary += f"; same prediction as the teacher on {facts[ships]['agreement']['percent']:.1f} %"
-    return StageResult(summary, outputs, facts)
+    return StageResult(f"{summary}{describe_formats(further)}", outputs, facts)
 
 
 def _int8_files(previous: Mapping[str, Any]) -> dict[str, Path]:
@@ -169,6 +172,7 @@ def _write_manifest(
     student: Score,
     targets: Mapping[str, Score],
     model: Model,
+    further: Sequence[ShippedFile],
 ) -> None:
     folder, accuracy = context.folder.path, context.task.manifest_entry
     int8 = [
@@ -181,7 +185,7 @@ def _write_manifest(
     write_manifest(
         folder / ARTIFACT,
         # The first file is the default of predict.py.
-        files=[*int8, fp32],
+        files=[*int8, fp32, *further],
         preprocessing=context.student.preprocessing,
         labels=data.classes,
         origin=origin(context, previous, previous.get("temperature", {}).get("value")),

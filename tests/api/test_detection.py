@@ -115,6 +115,7 @@ def test_interrupted_two_stage_training_resumes_to_the_bit(
     [
         (("--weight", "ce=0"), "--weight ce=0 does not support detection: no method trains the boxes"),
         (("--calibrate",), "--calibrate does not support detection: its scores have no temperature"),
+        (("--formats", "fp16"), "--formats does not support detection: the files are compared by logits"),
         (("--qat",), "--qat does not support detection"),
         (("--randaugment", "2,9"), "--randaugment does not support detection: it moves objects"),
         (("--erasing", "0.5"), "--erasing does not support detection: it hides objects"),

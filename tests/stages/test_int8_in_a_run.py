@@ -1,16 +1,22 @@
 """The int8 search of a run and its files, and `compress export` on a finished run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from questpress.export import predict_cli
 from questpress.export.results import Candidate, FloatNode, Speedup
-from questpress.export.runtime import Classifier
-from questpress.pipeline.stages import quantize
+from questpress.export.runtime import Classifier, decode_image, render
+from questpress.pipeline.stages import formats, quantize
+from questpress.pipeline.tasks import load_task
+from questpress.pipeline.tasks.base import Outputs
 
 from tests.support import little
 from tests.support.little import job, record, refused, report
@@ -88,6 +94,52 @@ def test_files_of_single_images_are_the_same_otherwise(a_run: Path, tmp_path: Pa
         assert entry["accuracy"] == before["accuracy"]
     assert "float32 [1, 3, 16, 16]" in (out / "artifact" / "README.md").read_text("utf-8")
     assert not report(out)["bench"]["throughput"]
+
+
+def test_fp16_file_is_compared_with_fp32_and_used_only_by_name(
+    a_run: Path,
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = Path(shutil.copytree(a_run, tmp_path / "run"))
+    options = ("export", out, "--formats", "fp16", "--bench-seconds", "0.1")
+    little.check_success(little.compress(*options))
+    files = {entry["name"]: entry for entry in manifest(out)["files"]}
+    assert list(files) == ["student.int8.onnx", "student.onnx", "student.fp16.onnx"]
+    entry, source = files["student.fp16.onnx"], files["student.onnx"]
+    assert (entry["precision"], entry["target"], entry["quantization"]) == ("fp16", None, None)
+    assert entry["bytes"] < 0.7 * source["bytes"] and entry["accuracy"]["n"] == source["accuracy"]["n"]
+    photos = sorted((data / "red").iterdir())[:4]
+    half, single = (Classifier.load(out, file=name, threads=1) for name in (entry["name"], source["name"]))
+    pixels = np.stack([render(decode_image(photo), half.preprocessing) for photo in photos])
+    difference = np.abs(half.predict_logits(pixels) - single.predict_logits(pixels)).max()
+    assert difference <= 0.02 * np.abs(single.predict_logits(pixels)).max()
+    assert entry["parity"]["max_abs"] > 0 and entry["parity"]["same"] == entry["parity"]["n"] == 6
+    assert Classifier.load(out).name == "student.int8.onnx"
+    assert Classifier.load(out, precision="fp16").name == "student.fp16.onnx"
+    assert predict_cli.main(["--self-test", "--threads", "1", "--artifact", str(out)]) == 0
+    assert "student.fp16.onnx: ok" in capsys.readouterr().out
+    assert "with the same prediction on 6 of 6 test images" in (out / "artifact/README.md").read_text("utf-8")
+    # A file that differs too much is not written, and the former one goes.
+    monkeypatch.setattr(formats, "MAX_DIFFERENCE", 1e-9)
+    warnings: list[str] = []
+    context: Any = SimpleNamespace(
+        folder=SimpleNamespace(path=out),
+        options=SimpleNamespace(formats=["fp16"]),
+        task=load_task("classification"),
+        display=SimpleNamespace(warn=warnings.append),
+        progress=SimpleNamespace(update=lambda *_: None),
+    )
+    fp32 = Outputs(single.predict_logits(pixels), np.zeros(4, np.int64))
+    assert formats.write_formats(context, pixels, fp32) == []
+    assert not (out / "artifact/student.fp16.onnx").exists()
+    assert re.fullmatch(
+        r"--formats fp16: logits of up to \S+ differ by \S+ from fp32, the prediction is the same on "
+        r"4 of 4 images. student.fp16.onnx is not written",
+        *warnings,
+    )
 
 
 def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tmp_path: Path) -> None:
