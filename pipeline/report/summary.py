@@ -1,5 +1,7 @@
 """The first screen of a report: what was made, three key figures, and warnings."""
 
+from dataclasses import replace
+
 from ..runs.results import Baseline, Report
 from ..tasks import task_of
 from . import format, networks
@@ -57,7 +59,10 @@ def lead(report: Report) -> str:
 
 def key_figures(report: Report) -> list[KeyFigure]:
     """Return size, speed and accuracy of the shipped file, with dashes for what is not known yet."""
-    return [_size(report), _speed(report), _score(report)]
+    speed = _speed(report)
+    if (slowest := latency.slowest_device(report.devices)) is not None:
+        speed = replace(speed, details=[*speed.details, slowest])
+    return [_size(report), speed, _score(report)]
 
 
 def _size(report: Report) -> KeyFigure:

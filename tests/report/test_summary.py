@@ -1,6 +1,7 @@
 """The first screen of a report never flatters: slower is slower, noise is noise."""
 
 import pytest
+from questpress.export.results import DeviceBench
 from questpress.pipeline.report import summary
 from questpress.pipeline.report.networks import all_networks, compare_speed
 from questpress.pipeline.runs.results import Report
@@ -30,6 +31,44 @@ def test_key_figures_are_size_speed_and_accuracy_of_the_int8_file() -> None:
     assert f"of {report.student_int8.score.n} test images correct" in score.details[1]
     assert any(line.startswith("student fp32 ") for line in score.details)
     assert any(line.startswith("teacher ") for line in score.details)
+
+
+def device_bench(processor: str, waited: tuple[str, ...] = (), **p50: float) -> DeviceBench:
+    timings = [
+        {
+            "name": f"student.{name}.onnx", "sha256": "0", "bytes": 1, "precision": name, "target": None,
+            "threads": 1, "n": 9, "latency_ms": {"p50": {"value": value, "low": value, "high": value}},
+            "processor_ms": value, "load_ms": 1.0, "end_to_end_ms": {},
+        }
+        for name, value in p50.items()
+    ]  # fmt: skip
+    flags = [
+        {"name": "neighbor", "file": f"student.{name}.onnx", "threads": 1, "sentence": "Waited."}
+        for name in waited
+    ]
+    device = {
+        "processor": processor, "machine": "", "flags": [], "cores": 4, "memory_bytes": None,
+        "system": "Linux",
+    }  # fmt: skip
+    return DeviceBench.model_validate(
+        {
+            "bench_version": 1, "device": device, "versions": {}, "provider": "CPUExecutionProvider",
+            "seconds": 1.0, "images": "photos", "results": timings, "flags": flags,
+        }
+    )  # fmt: skip
+
+
+def test_slowest_of_several_devices_is_named() -> None:
+    pi = device_bench("Pi 5", int8=12.0, fp32=30.0)
+    # Its int8 file is the fastest, but had to wait for other processes.
+    board = device_bench("Board", ("int8",), int8=8.0, fp32=20.0)
+    report = reports.full().model_copy(update={"devices": [pi, board]})
+    details = summary.key_figures(report)[1].details
+    assert details[-1] == "slowest of 2 devices: Board, p50 20.0 ms, fp32, 1 thread"
+    single = [[pi], [pi, device_bench("Board", ("int8",), int8=8.0)]]
+    for devices in single:
+        report = reports.full().model_copy(update={"devices": devices})
+        assert not any("devices" in line for line in summary.key_figures(report)[1].details)
 
 
 def test_slower_int8_file_is_called_slower() -> None:

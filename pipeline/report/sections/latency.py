@@ -240,7 +240,7 @@ def devices(benches: Sequence[DeviceBench]) -> Table:
             _ms(result.load_ms),
         ]
         for bench in benches
-        for waited in [{(flag.file, flag.threads) for flag in bench.flags if flag.name == "neighbor"}]
+        for waited in [_waited(bench)]
         for result in bench.results
     ]
     notes = ["Median milliseconds with 95 % intervals, mean processor time of all threads."]
@@ -254,6 +254,29 @@ def devices(benches: Sequence[DeviceBench]) -> Table:
         notes += [f"{format.threads(flag.threads)}: {flag.sentence}" for flag in bench.flags]
     columns = ["device", "file", "threads", "p50", "from image file", "processor time", "load"]
     return Table("Devices", columns, rows, note=" ".join(notes), left=2)
+
+
+def slowest_device(benches: Sequence[DeviceBench]) -> str | None:
+    """Return the device whose fastest file has the longest latency; None unless several were timed."""
+    timed = []
+    for bench in benches:
+        waited = _waited(bench)
+        results = [r for r in bench.results if "p50" in r.latency_ms and (r.name, r.threads) not in waited]
+        if results:
+            best = min(results, key=lambda r: (r.threads, r.latency_ms["p50"].value))
+            timed.append((best.latency_ms["p50"].value, bench.device.processor, best))
+    if len(timed) < 2:
+        return None
+    p50, processor, result = max(timed, key=lambda entry: entry[:2])
+    return (
+        f"slowest of {len(timed)} devices: {processor}, p50 {format.milliseconds(p50)}, "
+        f"{result.precision}, {format.threads(result.threads)}"
+    )
+
+
+def _waited(bench: DeviceBench) -> set[tuple[str, int]]:
+    """Return the files and thread counts whose latency is not reported, as other processes used the cores."""
+    return {(flag.file, flag.threads) for flag in bench.flags if flag.name == "neighbor"}
 
 
 def files(bench: Bench) -> Table:
