@@ -103,15 +103,15 @@ def test_network_that_cannot_be_converted_is_an_error(tmp_path: Path) -> None:
     ("half", "problem"),
     [
         ([[3.0, 0.0], [np.inf, 4.0]], "values of the network exceed 65,504, the largest of fp16"),
-        ([[3.0, 0.0], [0.0, 4.1]], "logits of up to 4 differ by 0.1 from fp32, .* on 2 of 2 images"),
-        ([[3.0, 0.0], [0.0, 4.01]], None),
+        ([[3.0, 0.0], [0.0, 4.3]], "logits of up to 4 differ by 0.3 from fp32, .* on 2 of 2 images"),
+        ([[3.0, 0.0], [0.0, 4.1]], None),
     ],
 )
 def test_logits_that_differ_from_fp32_are_refused(half: list[list[float]], problem: str | None) -> None:
     labels, task = np.array([0, 1]), load_task("classification")
     fp32, found = (Outputs(np.array(x), labels) for x in ([[3.0, 0.0], [0.0, 4.0]], half))
     if problem is None:
-        assert compare_logits(task, fp32, found) == {"max_abs": pytest.approx(0.01), "same": 2, "n": 2}
+        assert compare_logits(task, fp32, found) == {"max_abs": pytest.approx(0.1), "same": 2, "n": 2}
     else:
         with pytest.raises(ExportError, match=problem):
             compare_logits(task, fp32, found)
