@@ -289,9 +289,9 @@ def _choose_cache_views(
         sizes = [methods.load(name).cached_bytes(p, student, student) for name, p in parameters.items()]
         bytes_per_image = max(bytes_per_image, sum(sizes))
     # Papers draw new views in every epoch.
-    chosen.cache_views = (
-        0 if chosen.recipe else defaults.choose_cache_views(chosen.epochs, images * bytes_per_image)
-    )
+    most = defaults.DIGITS_VIEWS if chosen.data == DIGITS else defaults.CACHE_VIEWS
+    views = defaults.choose_cache_views(chosen.epochs, images * bytes_per_image, most)
+    chosen.cache_views = 0 if chosen.recipe else views
 
 
 def _check_averages(chosen: Options) -> None:
