@@ -36,7 +36,7 @@ MORE_ENTRIES = {
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 216, 41_200, 32_025
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 216, 41_251, 32_071
 """Only a new feature may raise these."""
 
 
