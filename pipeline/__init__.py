@@ -16,7 +16,7 @@ FUNCTIONS = {
     "export": "api.run",
     "predict": "api.predict",
     "sweep": "api.sweep",
-    "validate": "api.validate",
+    "validate": "api.validate.validate",
 }
 
 __all__ = list(FUNCTIONS)

@@ -27,7 +27,7 @@ MORE_ENTRIES = {
     "models": 14,  # a file for each step from a name to a network, and its parts
     "tests/models": 15,
     "pipeline": 13,  # eleven layers, errors.py and __main__.py
-    "pipeline/api": 15,  # a file for each command, and their inputs
+    "pipeline/api": 14,  # a file for each command, and their inputs
     "pipeline/methods": 16,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
     "tests/api": 13,  # a file for each command
@@ -36,7 +36,7 @@ MORE_ENTRIES = {
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 216, 41_251, 32_071
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 217, 41_249, 32_071
 """Only a new feature may raise these."""
 
 

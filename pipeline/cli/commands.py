@@ -203,7 +203,7 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
 
     ARTIFACT is a run folder, an artifact folder or an .onnx file. Several are compared on the same images.
     """
-    from ..api.validate import to_json, validate
+    from ..api.validate.validate import to_json, validate
     from ..report.terminal import show_validation
 
     validation = exit_on_error(lambda: validate(artifacts, **options))

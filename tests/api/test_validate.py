@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Classifier, decode_image
 from questpress.export.text import escape_controls
-from questpress.pipeline.api.validate import compare_pairs, validate
+from questpress.pipeline.api.validate.validate import compare_pairs, validate
 from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.evaluation.results import Validation
 from questpress.pipeline.report.validation_page import render_validation

@@ -25,7 +25,7 @@ _STAGES = ("teacher", "prepare", "student", "export", "qat", "quantize", "valida
 CONTEXT.set_forkserver_preload(
     [
         "tests.campaigns.small_run", *(f"questpress.pipeline.stages.{name}" for name in _STAGES),
-        "questpress.pipeline.api.run", "questpress.pipeline.api.validate",
+        "questpress.pipeline.api.run", "questpress.pipeline.api.validate.validate",
         "torch.onnx._internal.exporter._core", "torch._dynamo", "onnxscript.function_libs.torch_lib.ops",
     ],
 )  # fmt: skip

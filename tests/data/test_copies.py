@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
-from questpress.pipeline.api.validate_images import choose_images
+from questpress.pipeline.api.validate.images import choose_images
 from questpress.pipeline.data import copies
 from questpress.pipeline.data.copies import find_copies
 from questpress.pipeline.data.dataset import SPLITS, Copies, Image, ImageSet

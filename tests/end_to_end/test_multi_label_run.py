@@ -10,7 +10,7 @@ import pytest
 from questpress.export.runtime import Classifier, sigmoid
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.api.validate import validate
+from questpress.pipeline.api.validate.validate import validate
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.report.terminal import report_table
 from questpress.pipeline.runs.results import Report

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
-from questpress.pipeline.api.validate import compare_pairs
+from questpress.pipeline.api.validate.validate import compare_pairs
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.evaluation.predictions import choose_examples, make_example
 from questpress.pipeline.evaluation.results import Network, Validation

@@ -10,23 +10,23 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..config import TaskName
-from ..data.copies import find_copies
-from ..data.dataset import SPLITS, Copies, Image, ImageSet, Progress, Skipped, printable, sort_images
-from ..data.sources import open_data, read_data
-from ..data.splits import UnsplitDataset, drop_repeated, quote_names
-from ..errors import UsageError
-from ..report.format import plural
-from ..runs.artifacts import (
+from ...config import TaskName
+from ...data.copies import find_copies
+from ...data.dataset import SPLITS, Copies, Image, ImageSet, Progress, Skipped, printable, sort_images
+from ...data.sources import open_data, read_data
+from ...data.splits import UnsplitDataset, drop_repeated, quote_names
+from ...errors import UsageError
+from ...report.format import plural
+from ...runs.artifacts import (
     TRAIN_IMAGES_FILE,
     read_train_images,
 )
-from ..runs.cache import Cache
-from ..runs.files import describe_namesake
-from ..runs.folder import RunFolder, read_config
-from ..runs.hashes import digest
-from ..tasks.base import Task
-from .validate_models import Model
+from ...runs.cache import Cache
+from ...runs.files import describe_namesake
+from ...runs.folder import RunFolder, read_config
+from ...runs.hashes import digest
+from ...tasks.base import Task
+from .models import Model
 
 SplitName = Literal["train", "val", "test", "all"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)

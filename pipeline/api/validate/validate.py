@@ -10,26 +10,26 @@ from pathlib import Path
 
 import numpy as np
 
-from ...export.files import remove
-from ...export.latency.machine import environment
-from ...export.runtime import Pixels, needed_size, render
-from ..data.dataset import Image, Progress, Skipped, set_gray_bits
-from ..data.decode import check_unreadable, decode_each, read_pixels
-from ..errors import UsageError
-from ..evaluation.comparison import SIGNIFICANT, holm
-from ..evaluation.predictions import make_example
-from ..evaluation.results import Network, Pair, Validation, Verdict
-from ..report.format import plural
-from ..report.sections.classes import CLASSES_CSV, CONFUSION_CSV
-from ..report.validation_page import render_validation
-from ..runs.console import Display
-from ..runs.files import check_outside_data, check_writable, command_line, data_text, to_csv, write_text
-from ..runs.process import STOP
-from ..runs.record import RECORD
-from ..runs.results import Example
-from ..runs.scores import Prediction
-from ..tasks.base import Outputs, Task
-from .validate_images import (
+from ....export.files import remove
+from ....export.latency.machine import environment
+from ....export.runtime import Pixels, needed_size, render
+from ...data.dataset import Image, Progress, Skipped, set_gray_bits
+from ...data.decode import check_unreadable, decode_each, read_pixels
+from ...errors import UsageError
+from ...evaluation.comparison import SIGNIFICANT, holm
+from ...evaluation.predictions import make_example
+from ...evaluation.results import Network, Pair, Validation, Verdict
+from ...report.format import plural
+from ...report.sections.classes import CLASSES_CSV, CONFUSION_CSV
+from ...report.validation_page import render_validation
+from ...runs.console import Display
+from ...runs.files import check_outside_data, check_writable, command_line, data_text, to_csv, write_text
+from ...runs.process import STOP
+from ...runs.record import RECORD
+from ...runs.results import Example
+from ...runs.scores import Prediction
+from ...tasks.base import Outputs, Task
+from .images import (
     SPLIT_NAMES,
     SplitName,
     ValidationImages,
@@ -37,7 +37,7 @@ from .validate_images import (
     choose_images_of_runs,
     select_known,
 )
-from .validate_models import Model, open_models, open_teachers
+from .models import Model, open_models, open_teachers
 
 FOLDER = "validation"
 BATCH = 32

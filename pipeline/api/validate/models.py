@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ...export.conversion.untrusted import read_untrusted
-from ...export.errors import ExportError
-from ...export.int8.targets import TARGETS, is_exact_here
-from ...export.runtime import ArtifactError, Preprocessing, open_content, open_session
-from ...export.runtime import Model as Network
-from ...models.checkpoint import tensors_digest
-from ..errors import UsageError
-from ..runs.artifacts import ModelFile, find_teacher_files, name_files, open_files
-from ..runs.folder import RunFolder
-from ..runs.hashes import sha256
-from ..runs.record import RECORD
-from ..runs.results import Subject
-from ..tasks import task_of_file
-from ..tasks.base import Task
+from ....export.conversion.untrusted import read_untrusted
+from ....export.errors import ExportError
+from ....export.int8.targets import TARGETS, is_exact_here
+from ....export.runtime import ArtifactError, Preprocessing, open_content, open_session
+from ....export.runtime import Model as Network
+from ....models.checkpoint import tensors_digest
+from ...errors import UsageError
+from ...runs.artifacts import ModelFile, find_teacher_files, name_files, open_files
+from ...runs.folder import RunFolder
+from ...runs.hashes import sha256
+from ...runs.record import RECORD
+from ...runs.results import Subject
+from ...tasks import task_of_file
+from ...tasks.base import Task
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""compress validate: the command, its images and its models."""
