@@ -5,33 +5,30 @@ layers compute with the same rounded weights, and only under autocast. ``weight`
 some networks read its values or its type elsewhere.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RoundedConv2d(nn.Conv2d):
-    """A convolution that has its weights in bf16, too."""
+class _Rounded(nn.Module):
+    """A layer that has its weights in bf16, too, and computes with them under autocast."""
 
-    rounded_weight: Tensor
-    rounded_bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(input.device.type):
-            return super().forward(input)
-        return self._conv_forward(input, self.rounded_weight, self.rounded_bias)
-
-
-class RoundedLinear(nn.Linear):
-    """A linear layer that has its weights in bf16, too."""
-
-    rounded_weight: Tensor
-    rounded_bias: Tensor | None
+    _compute: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
-        return F.linear(input, self.rounded_weight, self.rounded_bias)
+        return self._compute(input, self.rounded_weight, self.rounded_bias)
+
+
+class RoundedConv2d(_Rounded, nn.Conv2d):
+    _compute = nn.Conv2d._conv_forward
+
+
+class RoundedLinear(_Rounded, nn.Linear):
+    _compute = staticmethod(F.linear)
 
 
 ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RoundedConv2d, nn.Linear: RoundedLinear}
