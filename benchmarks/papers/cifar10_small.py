@@ -30,6 +30,21 @@ PAIR = "resnet56_a:resnet20"
 WEIGHTS = {"resnet56": "cifar_resnet56_a", "resnet44": "cifar_resnet44_a", "resnet32": "cifar_resnet32_a"}
 """How the published weights' files begin, and whose they are."""
 
+SDD = ["--set", "sdd.beta=2", "--set", "sdd.finest=2"]
+
+BALANCED = ["--balance", "auto"]
+
+STRONG = ["--randaugment", "2,9"]
+
+OF_SUMS = {"kd": BALANCED, "wttm": BALANCED, "itrd": BALANCED, "sdd": [*SDD, *BALANCED]}
+
+OF_STRONG_VIEWS = {
+    "none": ["--method", "none"],
+    "kd": ["--method", "kd"],
+    "sdd": ["--method", "sdd", *SDD],
+    "quest balanced": [*QUEST, *BALANCED],
+}
+
 METHODS = {
     "none": ["--method", "none"],
     "kd": ["--method", "kd"],
@@ -37,15 +52,22 @@ METHODS = {
     "dist": ["--method", "dist"],
     "wttm": ["--method", "wttm"],
     "itrd": ["--method", "itrd"],
-    "sdd": ["--method", "sdd", "--set", "sdd.beta=2", "--set", "sdd.finest=2"],
+    "sdd": ["--method", "sdd", *SDD],
     "quest (τ = 0.2)": [*QUEST, "--set", "quest.tau=0.2"],
     "quest (δ = 10)": QUEST,
     "quest+kd": ["--method", "quest+kd", *QUEST[2:]],
     # The second form with other weights, and as it is by default, balanced.
-    "quest balanced": [*QUEST, "--balance", "auto"],
+    "quest balanced": [*QUEST, *BALANCED],
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
-    "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],
+    "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", *BALANCED],
+    # Balanced sums with other methods.
+    **{
+        f"quest+{other} balanced": ["--method", f"quest+{other}", *QUEST[2:], *OF_SUMS[other]]
+        for other in OF_SUMS
+    },
+    # Strong views, which teacher and student share.
+    **{f"{name} with strong views": [*options, *STRONG] for name, options in OF_STRONG_VIEWS.items()},
     # What the number of words changes.
     **{
         f"quest {k} words (12 epochs)": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
