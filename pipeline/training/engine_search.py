@@ -166,9 +166,9 @@ def _faster(
         if len(times[best]) == MIN_STEPS and median(times[best]) > HOPELESS * median(times[candidate]):
             break
     seconds.update({engine: median(measured) for engine, measured in times.items()})
-    faster = seconds[candidate] * MIN_SPEEDUP < seconds[best]
-    timer.drop(best if faster else candidate)
-    return candidate if faster else best
+    faster = candidate if seconds[candidate] * MIN_SPEEDUP < seconds[best] else best
+    timer.keep(faster)
+    return faster
 
 
 def compiles(timer: "_StepTimer", engine: Engine, note: Callable[[str], None]) -> bool:
@@ -180,7 +180,6 @@ def compiles(timer: "_StepTimer", engine: Engine, note: Callable[[str], None]) -
     except Exception as error:  # whatever compilers raise: the step itself has run before
         reason = " ".join(str(error).split())[:200]
         note(f"compilation failed ({type(error).__name__}: {reason}); training continues uncompiled")
-        timer.drop(engine)
         return False
     return True
 
@@ -236,12 +235,14 @@ def _set_threads(engine: Engine, threads: int) -> Engine | None:
 
 
 class _StepTimer:
-    """Times training steps of an engine on a copy of the task."""
+    """Times training steps of an engine on a copy of the task, which numbers of threads share."""
 
     def __init__(self, task: DistillationTask, batch: tuple[Any, ...], make_optimizer: MakeOptimizer) -> None:
         self.task, self.batch, self.make_optimizer = task, batch, make_optimizer
         self.images = len(batch[0])
         self.copies: dict[Engine, tuple[DistillationTask, torch.optim.Optimizer]] = {}
+        """By engine with one thread."""
+        self.warm: set[Engine] = set()
         self.has_graphs = False
 
     @contextmanager
@@ -262,7 +263,18 @@ class _StepTimer:
 
     def step(self, engine: Engine) -> float:
         """Return the seconds of one training step, after a warm-up step of a new engine."""
-        if engine not in self.copies:
+        use_threads(engine.threads)
+        task, optimizer = self._copy_for(engine)
+        if engine not in self.warm:
+            self.warm.add(engine)
+            _step(task, optimizer, self.batch)
+        started = time.perf_counter()
+        _step(task, optimizer, self.batch)
+        return time.perf_counter() - started
+
+    def _copy_for(self, engine: Engine) -> tuple[DistillationTask, torch.optim.Optimizer]:
+        key = replace(engine, threads=1)
+        if key not in self.copies:
             self.has_graphs |= engine.compile == "reduce-overhead"
             task = _copy(self.task)
             task.use(engine)
@@ -270,17 +282,13 @@ class _StepTimer:
             optimizer = self.make_optimizer(task)
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # a step costs the same, and the loss cannot diverge
-            self.copies[engine] = task, optimizer
-            use_threads(engine.threads)
-            _step(task, optimizer, self.batch)
-        task, optimizer = self.copies[engine]
-        use_threads(engine.threads)
-        started = time.perf_counter()
-        _step(task, optimizer, self.batch)
-        return time.perf_counter() - started
+            self.copies[key] = task, optimizer
+        return self.copies[key]
 
-    def drop(self, engine: Engine) -> None:
-        self.copies.pop(engine, None)
+    def keep(self, engine: Engine) -> None:
+        """Free the copies of other engines."""
+        key = replace(engine, threads=1)
+        self.copies = {other: made for other, made in self.copies.items() if other == key}
 
 
 def _step(task: DistillationTask, optimizer: torch.optim.Optimizer, batch: tuple[Any, ...]) -> None:

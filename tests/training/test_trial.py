@@ -236,6 +236,15 @@ def test_copies_share_the_weights_of_teachers(task: DistillationTask) -> None:
         assert one.data_ptr() != two.data_ptr()
 
 
+def test_engines_that_differ_in_threads_share_a_copy(task: DistillationTask) -> None:
+    with engine_search._StepTimer(task, batch(), optimizer).running() as timer:
+        for engine in (RULE, replace(RULE, threads=1), replace(RULE, precision="bf16")):
+            timer.step(engine)
+        assert len(timer.copies) == 2
+        timer.keep(RULE)
+        assert [engine.precision for engine in timer.copies] == [RULE.precision]
+
+
 @pytest.mark.parametrize(("hours", "tried"), [(0.5, False), (2.0, True)])
 def test_only_long_trainings_try_compilation(
     task: DistillationTask, timed: Timer, monkeypatch: Any, hours: float, tried: bool
