@@ -19,7 +19,7 @@ most 1 point over 216.
 DETECTOR_STEPS = 1_000
 """Least steps of detectors, whose heads are new, within as many epochs."""
 
-DIGITS: Mapping[str, Any] = {"teacher_epochs": 6, "epochs": 18, "flip": False}
+DIGITS: Mapping[str, Any] = {"teacher_epochs": 6, "epochs": 15, "batch_size": 64, "flip": False}
 """Options of the built-in digits, with which a first run takes a few minutes on two cores."""
 
 DIGITS_SIZES = 40, 64
@@ -28,7 +28,7 @@ map of 2 × 2 as of 64; the second suits networks that split images into patches
 """
 
 DIGITS_VIEWS = 9
-"""As ``CACHE_VIEWS``: 18 epochs of 9 views were as fast as 12 of 12, and more accurate."""
+"""As ``CACHE_VIEWS``: more epochs of fewer views were as fast and more accurate than 12 epochs of 12 views."""
 
 CACHE_VIEWS = 30
 """Ten views of each image, seen three times each, cost accuracy; 30 did not measurably (docs/benchmarks.md).
@@ -61,7 +61,7 @@ TABLE: tuple[Row, ...] = (
     Row("--method", "quest; mimic for detectors", "quest+mimic if one teacher's vector can be matched"),
     Row(
         "--epochs",
-        "20; 60 from 2,000, 100 from 100,000 images; 18 for digits; detectors 40, 24 from 100,000",
+        "20; 60 from 2,000, 100 from 100,000 images; 15 for digits; detectors 40, 24 from 100,000",
         "20; 10 from 100,000 images; up to 40 for 300 steps, of detectors for 1,000",
     ),
     Row(
@@ -70,7 +70,7 @@ TABLE: tuple[Row, ...] = (
         "10; 5 from 100,000 images; up to 40 for 300 steps; detectors as --epochs",
     ),
     Row(
-        "--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images; an eighth for detectors"
+        "--batch-size", "32; 64 for digits and from 2,000, 128 from 20,000, 256 from 200,000 images; an eighth for detectors"
     ),
     Row("--optimizer", "adamw"),
     Row(
