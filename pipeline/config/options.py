@@ -372,7 +372,7 @@ class Options(BaseModel):
         "further files, each checked against fp32: fp16 (for browsers and GPUs)", [], enters="validate"
     )
     bench_seconds: float = export_option(
-        "seconds of measurement per network and number of threads", 2.0, enters="bench", gt=0
+        "seconds of measurement per network and number of threads", 1.0, enters="bench", gt=0
     )
 
     until: Stage | None = execution_option("stop after this stage")

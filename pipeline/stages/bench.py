@@ -28,7 +28,7 @@ SAMPLES = FOLDER / "latency.npz"
 MAX_THREADS = 4
 
 SHORT = latency.Protocol(
-    seconds=2.0,
+    seconds=1.0,
     samples=0,
     processes=2,
     threads=(),
