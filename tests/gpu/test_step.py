@@ -187,3 +187,15 @@ def test_step_equals_the_cpus_and_never_waits(gpu: Device, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     half = train(case, Engine("cuda", 1, "bf16"), forbid, steps=1)
     assert 0.25 < half[0] / theirs[0] < 1  # the loss of one step of two
+
+
+def test_detector_copies_nothing_to_the_device_for_anchors_and_targets(gpu: Device) -> None:
+    task = build_task(CASES["detection"], Engine("cuda", 1, "fp32"))
+    batch = build_batch(CASES["detection"], "cuda")
+    gpu.waits.clear()
+    features = task.student.readouts(batch.pixels.float(), frozenset({"anchors"}))
+    targets = task.student.readouts.network.targets(batch.labels)
+    assert "a blocking copy to the device" not in gpu.waits
+    assert features["anchors"].shape[1] == 4 and targets[0]["boxes"].tolist() == [
+        pytest.approx([6.4, 12.8, 38.4, 57.6])
+    ]
