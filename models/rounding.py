@@ -1,4 +1,4 @@
-"""Round the weights of a frozen network to bf16 once, instead of in each forward pass under autocast.
+"""Round the weights of a frozen network to 16 bits once, instead of in each forward pass under autocast.
 
 Autocast keeps rounded weights only if they require a gradient. A rounded network returns the same bits: its
 layers compute with the same rounded weights, and only under autocast. ``weight`` itself stays in fp32, since
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class _Rounded(nn.Module):
-    """A layer that has its weights in bf16, too, and computes with them under autocast."""
+    """A layer that has its weights in 16 bits, too, and computes with them under autocast."""
 
     _compute: Callable[..., Tensor]
 
@@ -34,14 +34,17 @@ class RoundedLinear(_Rounded, nn.Linear):
 ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RoundedConv2d, nn.Linear: RoundedLinear}
 
 
-def round_weights(network: nn.Module) -> None:
-    """Add bf16 copies of the weights to torch's plain convolutions and linear layers. They are not saved."""
+def round_weights(network: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Add copies of the weights in ``dtype``, that of autocast, to plain convolutions and linear layers.
+
+    They are not saved.
+    """
     for module in list(network.modules()):
         # A weight that is computed from others is not a parameter.
         if type(module) not in ROUNDED or module._parameters.get("weight") is None:
             continue
         for name in ("weight", "bias"):
             value = getattr(module, name)
-            rounded = None if value is None else value.detach().to(torch.bfloat16)
+            rounded = None if value is None else value.detach().to(dtype)
             module.register_buffer(f"rounded_{name}", rounded, persistent=False)
         module.__class__ = ROUNDED[type(module)]

@@ -28,7 +28,7 @@ from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.engine_search import find_fastest_engine
 from questpress.pipeline.training.loop import Batch, BatchSource, backward
 from questpress.pipeline.training.metrics import Meter
-from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scaler, build_scheduler
 from questpress.pipeline.training.student import student_reads
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
@@ -248,6 +248,7 @@ def step(
     )
     optimizer = build_optimizer(task, setting.plan)
     scheduler = build_scheduler(optimizer, setting.plan, STEPS_AN_EPOCH)
+    scaler = build_scaler(task)
     meter = Meter(task.device, Ranks(), task.label_task)
     # As in ``train``: on a GPU, the teacher runs on the next batch concurrently with the student.
     compute_teachers = task.compute_teachers if online and task.device.type == "cuda" else None
@@ -262,8 +263,9 @@ def step(
         scheduler.step_update(number)
         with task.clock("student"):
             optimizer.zero_grad(set_to_none=True)
-            backward(task, batch, None, meter)
-            optimizer.step()
+            backward(task, batch, None, meter, scaler)
+            scaler.step(optimizer)
+            scaler.update()
             task.end_step()
         return meter
 

@@ -79,6 +79,8 @@ class PyramidDetector(nn.Module):
     backbone: Any
     anchors: Tensor
     """All anchors [A,4]: x1, y1, x2, y2 in pixels of the input."""
+    sides: Tensor
+    """Width, height, width and height of the input in pixels [4]."""
     anchors_per_location: int
     output_names: tuple[str, ...] = ("logits", "boxes")
     """Names of the tensors that `raw` returns."""
@@ -103,7 +105,9 @@ class PyramidDetector(nn.Module):
         with torch.device("cpu"):
             shown = ImageList(torch.empty(1, 3, *image_size), [image_size])
             anchors = generator(shown, [torch.empty(1, 1, *grid) for grid in self.grids])[0]
+            sides = torch.tensor([*image_size[::-1], *image_size[::-1]], dtype=torch.float32)
         self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("sides", sides, persistent=False)
         # timm's name of the layers whose outputs are classes.
         self.pretrained_cfg = {"classifier": tuple(self.classifier_names())}
 
@@ -140,13 +144,8 @@ class PyramidDetector(nn.Module):
         targets = []
         for rows in labels:
             kept = rows[(rows[:, 0] >= 0) & (rows[:, 6] == 0)]
-            targets.append({"labels": kept[:, 0].long(), "boxes": kept[:, 1:5] * self.sides(rows)})
+            targets.append({"labels": kept[:, 0].long(), "boxes": kept[:, 1:5] * self.sides})
         return targets
-
-    def sides(self, like: Tensor) -> Tensor:
-        """Return width, height, width and height of the input in pixels."""
-        height, width = self.image_size
-        return like.new_tensor([width, height, width, height])
 
     def to_rows(self, images: list[dict[str, Tensor]], like: Tensor) -> Tensor:
         """Return torchvision's detections of images as those of `decode`."""
@@ -154,7 +153,7 @@ class PyramidDetector(nn.Module):
         for rows, image in zip(detections, images, strict=True):
             n = len(image["scores"])
             rows[:n, 0], rows[:n, 1] = image["scores"], image["labels"]
-            rows[:n, 2:] = image["boxes"] / self.sides(like)
+            rows[:n, 2:] = image["boxes"] / self.sides
         return detections
 
     def exportable(self) -> nn.Module:
@@ -252,9 +251,7 @@ class DetectorReadouts(Readouts):
         """Return the requested features of images [B,3,H,W] by name; labels are boxes [L,M,7]."""
         self.check(reads)
         maps = self.compiled.get("maps", self.network.maps)(x)
-        height, width = self.network.image_size
-        anchors = self.network.anchors
-        features = {"map": maps[0], "anchors": anchors / anchors.new_tensor([width, height, width, height])}
+        features = {"map": maps[0], "anchors": self.network.anchors / self.network.sides}
         features |= {f"map@{level}": tensor for level, tensor in enumerate(maps)}
         needed = {self._from_finest(read) for read in reads}
         if needed - features.keys():

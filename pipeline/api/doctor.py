@@ -168,7 +168,7 @@ def _devices() -> Iterable[Finding]:
     import torch
 
     from ...export.runtime import allowed_cores
-    from ..runs.device import bf16_pays, choose_device, device_name, free_memory
+    from ..runs.device import choose_device, device_name, fastest_precision, free_memory
 
     make = partial(_finding, "Devices")
     yield make("processor", device_name("cpu"))
@@ -190,7 +190,8 @@ def _devices() -> Iterable[Finding]:
     else:
         value = f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU"
         yield make("GPU", value, "run nvidia-smi to check the driver")
-    yield make("trains on", device + (", in bf16 where that pays" if bf16_pays(device) else ", in fp32"))
+    precision = fastest_precision(device)
+    yield make("trains on", f"{device}, in {precision}" + (" where that pays" if precision != "fp32" else ""))
 
 
 def _int8() -> Iterable[Finding]:

@@ -164,6 +164,7 @@ class DefaultGroup(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         process.keep_freed_memory()
+        process.limit_spinning()
         if process.is_main():
             return super().main(*args, **extra)
         try:

@@ -383,7 +383,7 @@ class Options(BaseModel):
     )
     device: str | None = execution_option("cuda, mps or cpu [default: the first available]")
     precision: Literal["auto", "fp32", "bf16"] = execution_option(
-        "precision of training; auto: bf16 if it is faster", "auto"
+        "precision of training; auto: bf16, or fp16 on older GPUs, if it is faster", "auto"
     )
     threads: int | None = execution_option(
         "threads of training and export, recorded in run.json; only runs with equal numbers have files that are equal to the byte [default: the available cores]",

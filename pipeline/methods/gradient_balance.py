@@ -29,6 +29,12 @@ from .base import Method
 STEPS = 50
 """Training steps in which gradients are measured."""
 
+SCALE = 2.0**10
+"""Factor of losses while their gradients are measured: without it, small ones would be 0 in fp16.
+
+Gradients of up to 64 do not overflow. A power of 2 changes no bit of them in fp32 and bf16.
+"""
+
 
 class GradientBalance(nn.Module):
     """The weight factors of a run's methods, saved in checkpoints so that a resumed run keeps them."""
@@ -82,8 +88,8 @@ class GradientBalance(nn.Module):
             return self.logs, self.counts
         reference, *norms = self._squares.sqrt()
         gradients = torch.stack(norms)
-        # A loss of exactly zero, or one that does not depend on this map, has no ratio.
-        valid = (gradients > 0) & (reference > 0)
+        # A loss of exactly zero, or one that does not depend on this map, has no ratio, nor has an overflow.
+        valid = (gradients > 0) & (reference > 0) & (gradients / reference).isfinite()
         return self.logs + torch.where(valid, gradients / reference, 1.0).log(), self.counts + valid
 
     def ratios(self) -> Tensor:
@@ -118,5 +124,5 @@ class GradientBalance(nn.Module):
 
 def gradient_norm(loss: Tensor, f_s: Tensor) -> Tensor:
     """Return ‖∂loss/∂f_S‖ in fp32; 0 if the loss does not depend on f_S."""
-    (gradient,) = torch.autograd.grad(loss, f_s, retain_graph=True, allow_unused=True)
-    return torch.zeros((), device=f_s.device) if gradient is None else gradient.float().norm()
+    (gradient,) = torch.autograd.grad(SCALE * loss, f_s, retain_graph=True, allow_unused=True)
+    return torch.zeros((), device=f_s.device) if gradient is None else gradient.float().norm() / SCALE

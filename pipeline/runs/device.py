@@ -25,7 +25,7 @@ class Engine:
     device: str
     threads: int
     precision: str
-    """``fp32``, or ``bf16`` for autocast."""
+    """``fp32``, or ``bf16`` or ``fp16`` for autocast."""
     layout: str = "channels_last"
     """Memory layout of features and weights: ``channels_last`` or ``contiguous``."""
     compile: str = "off"
@@ -55,15 +55,20 @@ class Engine:
             parts.append("compiled" + (" to CUDA graphs" if self.compile == "reduce-overhead" else ""))
         return ", ".join(parts)
 
+    @property
+    def half(self) -> torch.dtype:
+        """The type of autocast."""
+        return torch.float16 if self.precision == "fp16" else torch.bfloat16
+
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass."""
         kind = torch.device(self.device).type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(kind, dtype=self.half, enabled=self.precision != "fp32")
 
     def autocast_heads(self) -> torch.autocast:
         """Return the context of the methods' heads, inside ``autocast``."""
         kind = torch.device(self.device).type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled="bf16" in (self.precision, self.heads))
+        return torch.autocast(kind, dtype=self.half, enabled=self.precision != "fp32" or self.heads == "bf16")
 
 
 def choose_device(device: str | None, local_rank: int | None = None) -> str:
@@ -94,16 +99,16 @@ def choose_device(device: str | None, local_rank: int | None = None) -> str:
 def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     """Return the engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
 
-    bf16 is faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products such
-    as the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
+    16 bits are faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products
+    such as the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
     """
-    precision = allowed_precision(device, precision, network)
-    pays = precision == "auto" and bf16_pays(device)
+    heads, precision = "as the network", allowed_precision(device, precision, network)
     if precision == "auto":
+        precision = fastest_precision(device)
         convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
         is_depthwise = any(conv.groups == conv.in_channels > 1 for conv in convs)
-        precision = "bf16" if pays and not (device == "cpu" and is_depthwise) else "fp32"
-    heads = "bf16" if pays and precision == "fp32" else "as the network"
+        if precision == "bf16" and device == "cpu" and is_depthwise:
+            precision, heads = "fp32", "bf16"
     return Engine(device, threads(), precision, heads=heads)
 
 
@@ -171,9 +176,15 @@ def threads() -> int:
 
 def inference_engine(device: str, precision: str) -> Engine:
     """Return the engine of a frozen teacher, whose depthwise convolutions are faster in bf16 too."""
-    if precision == "auto":
-        precision = "bf16" if bf16_pays(device) else "fp32"
-    return Engine(device, threads(), precision)
+    return Engine(device, threads(), fastest_precision(device) if precision == "auto" else precision)
+
+
+def fastest_precision(device: str) -> str:
+    """Return ``bf16``; ``fp16`` for NVIDIA's Volta and Turing, which lack bf16; ``fp32`` without either."""
+    if bf16_pays(device):
+        return "bf16"
+    is_cuda = torch.device(device).type == "cuda"
+    return "fp16" if is_cuda and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
 
 
 def bf16_pays(device: str) -> bool:

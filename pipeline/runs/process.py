@@ -34,6 +34,8 @@ KEPT_BYTES = 1 << 30
 OLD_KEPT_BYTES = 32 << 20
 """The largest threshold that versions of glibc before 2.35 accept."""
 
+SPIN_COUNT = "4000"
+
 _stores: list[Any] = []
 
 
@@ -159,6 +161,17 @@ def keep_freed_memory() -> None:
     for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         if not libc.mallopt(name, KEPT_BYTES):
             libc.mallopt(name, OLD_KEPT_BYTES)
+
+
+def limit_spinning() -> None:
+    """Let a thread of torch that waits for others sleep after a fraction of a millisecond instead of 20.
+
+    A thread that spins uses up its time on a core that another program needs too, and the others wait until
+    it gets the core back (benchmarks/training/neighbor.py). Other values set by the user are kept. GNU's
+    OpenMP reads the variable when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _read_rank() -> tuple[int, int]:

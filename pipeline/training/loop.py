@@ -21,7 +21,7 @@ from ..runs.results import Epoch
 from ..runs.threads import ThreadTuner
 from .distributed import Ranks
 from .metrics import Meter
-from .optimizer import Plan, build_optimizer, build_scheduler
+from .optimizer import Plan, build_optimizer, build_scaler, build_scheduler
 from .task import DistillationTask
 from .teacher_cache import TeacherCache
 from .weights import Checkpoint
@@ -182,8 +182,9 @@ def train(
     task.student.labeled_fraction = plan.labeled_fraction
     optimizer = build_optimizer(task, plan)
     scheduler = build_scheduler(optimizer, plan, steps)
+    scaler = build_scaler(task)
     meter = Meter(task.device, ranks, task.label_task)
-    state = TrainingState(task, optimizer, meter, checkpoint, ranks)
+    state = TrainingState(task, optimizer, scaler, meter, checkpoint, ranks)
     schedule = schedule or ViewSchedule(views.policy, views.seed)
     # On a GPU, teachers run on the next batch concurrently with the student, unless memory is short.
     concurrent = task.device.type == "cuda" and len(task.teachers) > 0 and plan.micro_batch is None
@@ -206,8 +207,9 @@ def train(
                 scheduler.step_update(step)
                 with task.clock("student"), tuner.step():
                     optimizer.zero_grad(set_to_none=True)
-                    backward(task, batch, plan.micro_batch, meter)
-                    optimizer.step()
+                    backward(task, batch, plan.micro_batch, meter, scaler)
+                    scaler.step(optimizer)
+                    scaler.update()
                     task.end_step()
                 now = time.perf_counter()
                 if now - shown > LOG_SECONDS:
@@ -252,15 +254,18 @@ def train(
             raise STOP.take(stop)
 
 
-def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter) -> None:
-    """Compute the gradients of a step's mean loss, summed over micro-batches."""
+def backward(
+    task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter, scaler: torch.amp.GradScaler
+) -> None:
+    """Compute the scaled gradients of a step's mean loss, summed over micro-batches."""
     parts = list(batch.split(micro_batch))
     for number, part in enumerate(parts, 1):
         # Ranks exchange their gradients once, with the last part's.
         with nullcontext() if number == len(parts) else task.no_sync():
             result = task(part.pixels, part.labels, part.keys, part.teachers, part.teacher_pixels)
             fraction = len(part) / len(batch)
-            (result["loss"] * fraction if len(parts) > 1 else result["loss"]).backward()
+            loss = result["loss"] * fraction if len(parts) > 1 else result["loss"]
+            scaler.scale(loss).backward()
         meter.add(result, part.labels, len(part))
 
 
@@ -270,6 +275,7 @@ class TrainingState:
 
     task: DistillationTask
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     meter: Meter
     checkpoint: Checkpoint
     ranks: Ranks
@@ -310,6 +316,7 @@ class TrainingState:
             **self.task.get_checkpoint_state(),
             "averages": self.task.averages.state_dict(),
             "optimizer": self.optimizer.state_dict() | ({"state": {}} if is_last else {}),
+            "scaler": self.scaler.state_dict(),
             "meter": self.meter.state_dict(),
             "epoch": epoch,
             "step": step,
@@ -334,6 +341,8 @@ class TrainingState:
         self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
         self.task.averages.load_state_dict(state["averages"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty unless it was saved in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
         for sums in self.running_sums():
             sums.sums = self.ranks.keep_on_main(sums.sums)

@@ -121,6 +121,14 @@ def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer
     return optimizer
 
 
+def build_scaler(task: DistillationTask) -> torch.amp.GradScaler:
+    """Build the scaler of losses for fp16, in which small gradients would be 0; others need none.
+
+    A step whose scaled gradients overflow is skipped, and the scale halved.
+    """
+    return torch.amp.GradScaler(task.device.type, enabled=task.engine.precision == "fp16")
+
+
 def has_fused_step(optimizer: str) -> bool:
     """Return True if torch has a fused implementation of the optimizer."""
     if optimizer.lower().startswith("lookahead_"):

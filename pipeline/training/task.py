@@ -40,8 +40,8 @@ class Teacher(nn.Module):
         self.readouts = read_network(fold_batch_norm(network, torch.randn(1, 3, *height_width(size))), size)
         self.normalize = Normalize(geometry.mean, geometry.std)
         self.requires_grad_(False)
-        if engine.precision == "bf16":
-            round_weights(self.readouts)
+        if engine.precision != "fp32":
+            round_weights(self.readouts, engine.half)
         self.eval()
         self.use(engine)
 

@@ -110,3 +110,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     runs = [little.python(code, QUESTPRESS_ALLOCATOR=name) for name in ("", "system")]
     kept, returned = (int(run.stdout.split()[-1]) for run in runs)
     assert kept < 10 < 100 < returned
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_sets_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], count: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", variables)
+    process.limit_spinning()
+    assert variables.get("GOMP_SPINCOUNT") == count

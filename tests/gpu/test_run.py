@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from questpress.pipeline.runs.process import STOP
+from questpress.pipeline.training import loop
 from questpress.pipeline.training.metrics import Clock
 from questpress.pipeline.training.task import DistillationTask
 
@@ -34,8 +37,13 @@ def job(data: Path, out: Path, cache: Path, *more: str) -> Result:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(
-    steps: Device, data: Path, cache: Path, tmp_path: Path
+    steps: Device, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    # Steps are skipped until the scale fits, so a resumed run repeats them only with the saved scale.
+    scaler = partial(torch.amp.GradScaler, "cuda", init_scale=2.0**24, growth_interval=2)
+    monkeypatch.setattr(loop, "build_scaler", lambda _: scaler())
     options = ("--average-last", "2", "--baseline")
     little.check_success(job(data, tmp_path / "whole", cache, *options, "--until", "student"))
     real, count = DistillationTask.end_step, 0
@@ -58,7 +66,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert report["student"]["parity"]["max_abs"] < 1e-4
     assert report["teacher_cache"]["computed"] == 0  # by the uninterrupted run
     assert report["baseline"]["score"]["n"] == report["student"]["score"]["n"] == 6
-    assert {entry["name"] for entry in little.record(tmp_path / "run")["engines"].values()} == {NAME}
+    engines = little.record(tmp_path / "run")["engines"].values()
+    assert {(entry["name"], entry["precision"]) for entry in engines} == {(NAME, "fp16")}
     assert steps.waits  # evaluation and logging
 
 

@@ -18,7 +18,7 @@ from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.loop import Batch, backward
 from questpress.pipeline.training.metrics import Meter
-from questpress.pipeline.training.optimizer import build_optimizer
+from questpress.pipeline.training.optimizer import build_optimizer, build_scaler
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import Tensor
 
@@ -142,13 +142,14 @@ def train(case: Case, engine: Engine, forbid: Callable[[], Any], steps: int = 2)
     if case.is_cached:
         batch = replace(batch, teachers=cached(task, batch.pixels))
     optimizer = build_optimizer(task, plan(batch_size=IMAGES))
-    meter = Meter(task.device, Ranks(), task.label_task)
+    meter, scaler = Meter(task.device, Ranks(), task.label_task), build_scaler(task)
 
     with forbid():
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            backward(task, batch, case.micro_batch, meter)
-            optimizer.step()
+            backward(task, batch, case.micro_batch, meter, scaler)
+            scaler.step(optimizer)
+            scaler.update()
             task.end_step()
     for left in (1, 0):
         task.averages.end_epoch(left)
@@ -187,3 +188,63 @@ def test_step_equals_the_cpus_and_never_waits(gpu: Device, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     half = train(case, Engine("cuda", 1, "bf16"), forbid, steps=1)
     assert 0.25 < half[0] / theirs[0] < 1  # the loss of one step of two
+
+
+def gradients(case: Case, precision: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a step as the backward pass computes them, over the scale, and unscaled."""
+    task = build_task(case, Engine("cuda", 1, precision)).train()
+    optimizer, scaler = build_optimizer(task, plan(batch_size=IMAGES)), build_scaler(task)
+    batch, meter = build_batch(case, "cuda"), Meter(task.device, Ranks(), task.label_task)
+    parameters = list(task.student.parameters())
+    while True:
+        backward(task, batch, case.micro_batch, meter, scaler)
+        scaled = torch.cat([p.grad.cpu().flatten() for p in parameters if p.grad is not None])
+        if scaled.isfinite().all():
+            break
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    scaler.unscale_(optimizer)
+    unscaled = torch.cat([p.grad.cpu().flatten() for p in parameters if p.grad is not None])
+    return scaled / scaler.get_scale(), unscaled
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["cached", "micro-batches", "transformer", "detection"])
+def test_gradients_of_fp16_are_those_of_fp32(name: str) -> None:
+    case = replace(CASES[name], is_cached=False)
+    scaled, unscaled = gradients(case, "fp16")
+    expected, same = gradients(case, "fp32")
+    assert scaled.equal(unscaled) and expected.equal(same)
+    assert (unscaled - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("optimizer", ["sgd", "lamb"])  # with a fused step, and without
+def test_step_of_infinite_gradients_is_skipped(optimizer: str) -> None:
+    task = build_task(CASES["none"], Engine("cuda", 1, "fp16")).train()
+    chosen, scaler = build_optimizer(task, plan(optimizer=optimizer, batch_size=IMAGES)), build_scaler(task)
+    meter, weight = Meter(task.device, Ranks(), task.label_task), next(task.student.parameters())
+    weights = [weight.detach().cpu().clone()]
+    for overflows in (True, False):
+        chosen.zero_grad(set_to_none=True)
+        backward(task, build_batch(CASES["none"], "cuda"), None, meter, scaler)
+        if overflows:
+            weight.grad[0] = torch.inf
+        scaler.step(chosen)
+        scaler.update()
+        weights.append(weight.detach().cpu().clone())
+    assert weights[0].equal(weights[1]) and not weights[1].equal(weights[2])
+    assert scaler.get_scale() == 2**15
+
+
+def test_detector_copies_nothing_to_the_device_for_anchors_and_targets(gpu: Device) -> None:
+    task = build_task(CASES["detection"], Engine("cuda", 1, "fp32"))
+    batch = build_batch(CASES["detection"], "cuda")
+    gpu.waits.clear()
+    features = task.student.readouts(batch.pixels.float(), frozenset({"anchors"}))
+    targets = task.student.readouts.network.targets(batch.labels)
+    assert "a blocking copy to the device" not in gpu.waits
+    assert features["anchors"].shape[1] == 4 and targets[0]["boxes"].tolist() == [
+        pytest.approx([6.4, 12.8, 38.4, 57.6])
+    ]

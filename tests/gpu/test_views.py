@@ -7,6 +7,7 @@ import pytest
 import torch
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import ViewPolicy
+from questpress.pipeline.methods.quest import vocabulary
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix, measure_words, nearest_words
 
 from tests.data.test_render import photos, small
@@ -42,9 +43,11 @@ def test_views_equal_the_cpus_and_never_wait(gpu: Device, name: str, resident: s
         assert difference.mean() <= (0 if policy.kind == "pad_crop" else 0.5)
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_vocabulary_is_learned_on_the_device(tmp_path: Path, is_streamed: bool) -> None:
+def test_vocabulary_is_learned_on_the_device(
+    gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", 4 * 50)  # four chunks
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(6, 4)).astype(np.float32) * 20
     features = (centers[rng.integers(0, 6, 200)] + rng.normal(size=(200, 4)) / 10).astype(np.float32)
@@ -56,3 +59,9 @@ def test_vocabulary_is_learned_on_the_device(tmp_path: Path, is_streamed: bool) 
     distance, word = nearest_words(features, words)
     assert learned["usage"].tolist() == np.bincount(word, minlength=6).tolist()
     assert learned["mu"] == pytest.approx(float(distance.mean()), rel=1e-2)
+    gpu.waits.clear()
+    nearest, _, sums = matrix.assign_to(words)
+    assert gpu.waits.count("a copy to the host") == 3  # not those of each chunk
+    assert nearest.tolist() == word.tolist()
+    expected = [features[word == number].sum(0) for number in range(6)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-2 if is_streamed else 1e-5)

@@ -229,7 +229,7 @@ def drawn(n: int, channels: int) -> np.ndarray:
 def test_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
     f, words = drawn(500, 9), drawn(7, 9)
     monkeypatch.setattr(vocabulary, "GPU_BLOCK", 7 * 33)
-    by_torch = vocabulary.nearest_words_on(torch.device("cpu"), f, words)
+    by_torch = vocabulary.nearest_words_by_torch(torch.from_numpy(f), torch.from_numpy(words))
     distances = ((f[:, None].astype(float) - words[None]) ** 2).sum(2)
     for distance, word in (by_torch, vocabulary.nearest_words(f, words)):
         np.testing.assert_allclose(distance, distances.min(1), rtol=1e-4, atol=1e-5)

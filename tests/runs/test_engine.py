@@ -105,6 +105,21 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert used == [1]
 
 
+@pytest.mark.parametrize(
+    ("bf16", "capability", "precision"),
+    [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (7, 0), "fp16"), (False, (6, 1), "fp32")],
+)
+def test_precision_fits_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, capability: tuple[int, int], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    network = build("mobilenetv2_050", num_classes=2, image_size=32)
+    assert device.choose_engine("cuda:1", "auto", network) == Engine("cuda:1", device.threads(), precision)
+    assert device.inference_engine("cuda:1", "auto").precision == precision
+    assert device.choose_engine("cuda:1", "fp32", network).precision == "fp32"
+
+
 def test_networks_that_bf16_does_not_fit_are_trained_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "bf16_pays", lambda _: True)
     precisions = {

@@ -408,6 +408,7 @@ def emulate_cuda() -> Iterator[Device]:
         "is_available": lambda: True,
         "is_bf16_supported": lambda **_: True,
         "device_count": lambda: 1,
+        "get_device_capability": lambda _=None: (9, 0),
         "set_device": lambda _: None,
         "device": lambda _: nullcontext(),
         "get_device_name": lambda _=None: NAME,

@@ -12,6 +12,7 @@ from questpress.pipeline.training import loop
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.loop import Batch, backward
 from questpress.pipeline.training.metrics import Meter
+from questpress.pipeline.training.optimizer import build_scaler
 from questpress.pipeline.training.task import DistillationTask
 from questpress.pipeline.training.trainer import MicroBatch
 
@@ -47,7 +48,7 @@ def quest(**changes: Any) -> DistillationTask:
 def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[dict[str, Any], Meter]:
     meter = Meter(task.device, Ranks(), task.label_task)
     task.train()
-    backward(task, given, size, meter)
+    backward(task, given, size, meter, build_scaler(task))
     return {
         name: parameter.grad
         for name, parameter in task.student.named_parameters()

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,19 @@ class FeatureMatrix:
         for start in range(0, len(self.data), size):
             yield np.asarray(self.data[start : start + size], np.float32)
 
-    def nearest(self, words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield each chunk with the squared distances to the nearest words, and these words' indices."""
-        search = nearest_words if self.device.type == "cpu" else partial(nearest_words_on, self.device)
+    def nearest(self, words: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each chunk with the squared distances to the nearest words, and these words' indices.
+
+        All are on the teacher's device.
+        """
+        v = torch.from_numpy(words).to(self.device)
         for chunk in self.chunks():
-            yield chunk, *search(chunk, words)
+            f = torch.from_numpy(chunk).to(self.device)
+            if self.device.type == "cpu":
+                distance, word = map(torch.from_numpy, nearest_words(chunk, words))
+            else:
+                distance, word = nearest_words_by_torch(f, v)
+            yield f, distance, word
 
     def kmeans(self, k: int, iterations: int, seed: int) -> np.ndarray:
         """Compute words [k,C], float32: Lloyd's algorithm by faiss, L2 on raw features, random start."""
@@ -138,13 +145,15 @@ class FeatureMatrix:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the nearest centroid, the squared distance to it [n], and the feature sum per centroid."""
         words, distances = [], []
-        sums = torch.zeros(centroids.shape, dtype=torch.float64)
+        # Metal has no float64.
+        device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        sums = torch.zeros(centroids.shape, dtype=torch.float64, device=device)
         for chunk, distance, word in self.nearest(centroids):
-            chunk_sums = torch.zeros(centroids.shape)
-            sums += chunk_sums.index_add_(0, torch.from_numpy(word), torch.from_numpy(chunk))
+            chunk_sums = torch.zeros(centroids.shape, device=chunk.device)
+            sums += chunk_sums.index_add_(0, word, chunk).to(device)
             words.append(word)
             distances.append(distance)
-        return np.concatenate(words), np.concatenate(distances), sums.float().numpy()
+        return torch.cat(words).cpu().numpy(), torch.cat(distances).cpu().numpy(), sums.float().cpu().numpy()
 
 
 def nearest_words(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,16 +166,13 @@ def nearest_words(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, 
     return distance[:, 0], word[:, 0]
 
 
-def nearest_words_on(
-    device: torch.device, features: np.ndarray, words: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same as ``nearest_words``, computed by torch on a device."""
-    f, v = torch.from_numpy(features).to(device), torch.from_numpy(words).to(device)
+def nearest_words_by_torch(f: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same as ``nearest_words`` for features [n,C] and words [K,C] on a device."""
     # ‖f − v‖² = ‖f‖² + ‖v‖² − 2⟨f,v⟩, in fp32: half precision would cancel.
     squares, size = v.square().sum(1), GPU_BLOCK // len(v)
     blocks = [torch.addmm(squares, block, v.T, alpha=-2).min(dim=1) for block in f.split(size)]
     distance = torch.cat([block.values for block in blocks]) + f.square().sum(1)
-    return distance.clamp(min=0).cpu().numpy(), torch.cat([block.indices for block in blocks]).cpu().numpy()
+    return distance.clamp(min=0), torch.cat([block.indices for block in blocks])
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,8 @@ def measure_words(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
     usage = np.zeros(len(words), np.int64)
     distance = square = 0.0
     total = np.zeros(features.dim())
-    for chunk, distances, word in features.nearest(words):
+    for tensors in features.nearest(words):
+        chunk, distances, word = (x.cpu().numpy() for x in tensors)
         distance += float(distances.sum(dtype=np.float64))
         square += float(np.einsum("nc,nc->", chunk, chunk, dtype=np.float64))
         total += chunk.sum(0, dtype=np.float64)
