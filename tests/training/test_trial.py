@@ -175,7 +175,7 @@ def test_cuda_graphs_are_not_chosen_with_micro_batches(graphs: bool, mode: str) 
     timer: Any = SimpleNamespace(
         task=SimpleNamespace(engine=Engine("cuda", 1, "bf16")),
         step=lambda engine: seconds[engine.compile],
-        drop=lambda _: None,
+        keep=lambda _: None,
     )
     best, timed = engine_search._search(timer, 10**6, [], "on", pytest.fail, graphs)
     assert best.compile == mode and {engine.compile for engine in timed} == {"off", mode}
