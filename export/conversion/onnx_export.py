@@ -71,8 +71,7 @@ def _runs(opset: int) -> bool:
     return True
 
 
-OPSET = 18
-OUTPUT, BATCH = "logits", "batch"
+OPSET, OUTPUT, BATCH = 18, "logits", "batch"
 MAX_EMBEDDED_BYTES = 1_900_000_000
 """More weights than this go into a second file, as a protobuf message cannot exceed 2 GB."""
 
@@ -206,8 +205,7 @@ def _trace(network: nn.Module, image_size: runtime.Size, opset: int, output: str
     names, dims = (list(part.output_names), 3) if is_detector(network) else ([output], 2)
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
-        network_copy = merge_branches(part).requires_grad_(False)
-        network_copy = network_copy.to(memory_format=torch.contiguous_format)
+        network_copy = merge_branches(part).requires_grad_(False).to(memory_format=torch.contiguous_format)
         for module in network_copy.modules():
             if getattr(module, "inplace", False):  # its decomposition takes half of the exporter's time
                 module.inplace = False
@@ -311,8 +309,8 @@ def _write_with_external_data(model: onnx_ir.Model, path: Path) -> OnnxFile:
         raise ExportError(f"the exported graph is not valid ONNX: {_sentence(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    sha256 = hashlib.sha256(graph).hexdigest()
-    return OnnxFile(path, len(graph) + size, sha256, model.opset_imports[""], model.ir_version)
+    checksum, opset = hashlib.sha256(graph).hexdigest(), model.opset_imports[""]
+    return OnnxFile(path, len(graph) + size, checksum, opset, model.ir_version)
 
 
 @contextmanager
@@ -337,8 +335,7 @@ def _sentence(error: BaseException) -> str:
     """Return the first line of the innermost error: the exporter wraps one failure into pages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_parity(

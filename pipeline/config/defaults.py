@@ -12,9 +12,7 @@ ADAPTIVE_SCALE = 50.0
 """Learning rate of SGD over that of adaptive optimizers (0.1 and 0.002 are usual)."""
 
 TUNING_STEPS, MAX_TUNING_EPOCHS = 300, 40
-"""Least steps of tuning pretrained weights, within this many epochs: on 600 photos, 540 steps gained at
-most 1 point over 216.
-"""
+"""Least steps of tuning pretrained weights, and most epochs: on 600 photos 540 gained ≤ 1 point over 216."""
 
 DETECTOR_STEPS = 1_000
 """Least steps of detectors, whose heads are new, within as many epochs."""
@@ -28,7 +26,7 @@ map of 2 × 2 as of 64; the second suits networks that split images into patches
 """
 
 DIGITS_VIEWS = 9
-"""As ``CACHE_VIEWS``: more epochs of fewer views were as fast and more accurate than 12 epochs of 12 views."""
+"""As ``CACHE_VIEWS``: 18 epochs of 9 views were as fast as 12 of 12, and more accurate."""
 
 CACHE_VIEWS = 30
 """Ten views of each image, seen three times each, cost accuracy; 30 did not measurably (docs/benchmarks.md).
@@ -70,7 +68,8 @@ TABLE: tuple[Row, ...] = (
         "10; 5 from 100,000 images; up to 40 for 300 steps; detectors as --epochs",
     ),
     Row(
-        "--batch-size", "32; 64 for digits and from 2,000, 128 from 20,000, 256 from 200,000 images; an eighth for detectors"
+        "--batch-size",
+        "32; 64 for digits and from 2,000, 128 from 20,000, 256 from 200,000 images; an eighth for detectors",
     ),
     Row("--optimizer", "adamw"),
     Row(

@@ -235,14 +235,12 @@ def _set_threads(engine: Engine, threads: int) -> Engine | None:
 
 
 class _StepTimer:
-    """Times training steps of an engine on a copy of the task, which numbers of threads share."""
+    """Times training steps on a copy of the task for each engine; numbers of threads share one."""
 
     def __init__(self, task: DistillationTask, batch: tuple[Any, ...], make_optimizer: MakeOptimizer) -> None:
         self.task, self.batch, self.make_optimizer = task, batch, make_optimizer
         self.images = len(batch[0])
         self.copies: dict[Engine, tuple[DistillationTask, torch.optim.Optimizer]] = {}
-        """By engine with one thread."""
-        self.warm: set[Engine] = set()
         self.has_graphs = False
 
     @contextmanager
@@ -262,18 +260,9 @@ class _StepTimer:
                 torch.cuda.empty_cache()
 
     def step(self, engine: Engine) -> float:
-        """Return the seconds of one training step, after a warm-up step of a new engine."""
-        use_threads(engine.threads)
-        task, optimizer = self._copy_for(engine)
-        if engine not in self.warm:
-            self.warm.add(engine)
-            _step(task, optimizer, self.batch)
-        started = time.perf_counter()
-        _step(task, optimizer, self.batch)
-        return time.perf_counter() - started
-
-    def _copy_for(self, engine: Engine) -> tuple[DistillationTask, torch.optim.Optimizer]:
+        """Return the seconds of one training step, after a warm-up step of a new copy."""
         key = replace(engine, threads=1)
+        use_threads(engine.threads)
         if key not in self.copies:
             self.has_graphs |= engine.compile == "reduce-overhead"
             task = _copy(self.task)
@@ -283,12 +272,15 @@ class _StepTimer:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # a step costs the same, and the loss cannot diverge
             self.copies[key] = task, optimizer
-        return self.copies[key]
+            _step(task, optimizer, self.batch)
+        task, optimizer = self.copies[key]
+        started = time.perf_counter()
+        _step(task, optimizer, self.batch)
+        return time.perf_counter() - started
 
     def keep(self, engine: Engine) -> None:
         """Free the copies of other engines."""
-        key = replace(engine, threads=1)
-        self.copies = {other: made for other, made in self.copies.items() if other == key}
+        self.copies = {key: self.copies[key] for key in self.copies if key == replace(engine, threads=1)}
 
 
 def _step(task: DistillationTask, optimizer: torch.optim.Optimizer, batch: tuple[Any, ...]) -> None:
