@@ -35,13 +35,15 @@
         target           processor family, null for any
         bytes, sha256    of its content
         opset            version of ONNX's operator set
-        ir_version       version of the ONNX format, which the device's runtime must support
+        ir_version       version of the ONNX format, which the device's runtime must support; of .ort that of
+                         `source`
         quantization     the recipe of int8, null otherwise
         accuracy         of this file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high (95 %
                          interval), and more; null if not measured. Of fp16 with all tensors rounded to fp16,
                          see `conversion.half`
-        parity           of fp16: `max_abs`, largest difference of a logit to fp32; `same`, images with the
-                         same prediction; `n`, images. Absent for others
+        parity           of fp16, and of files in ONNX Runtime's own format (.ort): `source`, the file that it
+                         was made of; `max_abs`, largest difference of a logit; `same`, images with the same
+                         prediction; `n`, images. Absent for others
     checksum         `runtime.compute_checksum` of the other fields
 
 The manifest contains no user name, host name or local path. It does not list `predict.py`, the folder

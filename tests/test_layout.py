@@ -36,7 +36,7 @@ MORE_ENTRIES = {
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 217, 41_305, 32_179
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 219, 41_543, 32_260
 """Only a new feature may raise these."""
 
 

@@ -61,11 +61,12 @@ from .processor import (
     lacks_dot_products,
     runnable_targets,
 )
-from .session import CPU, open_session, refuse_external_data
+from .session import CPU, DISABLED_OPTIMIZERS, ORT_SUFFIX, open_session, refuse_external_data
 
 __all__ = [
     "CPU",
     "DETECTION",
+    "DISABLED_OPTIMIZERS",
     "MANIFEST",
     "MAX_FILE_BYTES",
     "MAX_PIXELS",
@@ -73,6 +74,7 @@ __all__ = [
     "MAX_THREADS",
     "METADATA_PREFIX",
     "MULTI_LABEL",
+    "ORT_SUFFIX",
     "SCHEMA_VERSION",
     "UINT8",
     "ArtifactError",

@@ -12,6 +12,8 @@ from .errors import ArtifactError
 CPU = "CPUExecutionProvider"
 ORT_SUFFIX = ".ort"
 """Suffix of ONNX Runtime's own format, which `onnxruntime.tools.convert_onnx_models_to_ort` writes."""
+DISABLED_OPTIMIZERS = ["Pad_Fusion"]
+"""It pads with zeros before a max-pool that would ignore padding: BiT's outputs are 3 % off."""
 
 
 def open_session(
@@ -58,8 +60,7 @@ def open_session(
             model if isinstance(model, bytes) else str(model),
             options,
             providers=providers,
-            # It pads with zeros before a max-pool that would ignore padding: BiT's outputs are 3 % off.
-            disabled_optimizers=["Pad_Fusion"],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
         )
     except Exception as error:  # onnxruntime's exceptions have no common public class
         reason = " ".join(str(error).split())

@@ -1,12 +1,17 @@
 """`compress push`: a run's artifact as a model repository of the Hugging Face Hub."""
 
 import re
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from ...export.artifact import list_files
+from ...export.conversion.transformers_js import write_transformers_js
+from ...export.errors import ExportError
 from ..errors import JobError, UsageError
 from ..runs.artifacts import open_files
 from ..runs.files import check_unlocked
@@ -27,7 +32,14 @@ class Push:
     """The repository's page; None for a dry run."""
 
 
-def push(run: str | Path, repository: str, *, private: bool = False, dry_run: bool = False) -> Push:
+def push(
+    run: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    transformers_js: bool = False,
+    dry_run: bool = False,
+) -> Push:
     """Upload the artifact of a finished run, with its model card, to the Hugging Face Hub.
 
     Only files that `export` writes are sent, whatever else is in the folder. Other files of the repository
@@ -37,11 +49,13 @@ def push(run: str | Path, repository: str, *, private: bool = False, dry_run: bo
         run: a run folder.
         repository: ``USER/NAME``, which is created if it does not exist.
         private: make a new repository private, and refuse a public one.
+        transformers_js: add the files that transformers.js reads, see ``export.conversion.transformers_js``.
         dry_run: list the files, and send nothing.
 
     Raises:
         UsageError: the run is unfinished or damaged, the repository's name is malformed, there is no access
-            token, or the repository is public in spite of ``private``. Nothing was sent.
+            token, transformers.js does not support the model, or the repository is public in spite of
+            ``private``. Nothing was sent.
         JobError: the upload failed, or another process uses the run folder.
     """
     from huggingface_hub.errors import HFValidationError
@@ -61,9 +75,29 @@ def push(run: str | Path, repository: str, *, private: bool = False, dry_run: bo
     model = open_files(folder.path)[0]
     artifact = model.path.parent
     assert model.manifest is not None  # it is a folder
-    files = {name: (artifact / name).stat().st_size for name in list_files(artifact, model.manifest)}
-    url = None if dry_run else _upload(artifact, list(files), repository, private=private)
+    names = list_files(artifact, model.manifest)
+    with ExitStack() as stack:
+        if transformers_js:
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="questpress.")))
+            names = _add_transformers_js(artifact, model.manifest, names, scratch)
+            artifact = scratch
+        files = {name: (artifact / name).stat().st_size for name in names}
+        url = None if dry_run else _upload(artifact, names, repository, private=private)
     return Push(repository, files, url)
+
+
+def _add_transformers_js(
+    artifact: Path, manifest: Mapping[str, Any], names: list[str], folder: Path
+) -> list[str]:
+    """Write the files of transformers.js and copies of the artifact's ``names``; return the names of all."""
+    try:
+        write_transformers_js(artifact, manifest, folder)
+    except ExportError as error:
+        raise UsageError(f"--transformers-js: {error}.") from error
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact / name, folder / name)
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def _upload(artifact: Path, names: list[str], repository: str, *, private: bool) -> str:

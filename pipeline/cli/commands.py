@@ -372,8 +372,11 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
 @click.argument("folder", metavar="RUN", type=PATH)
 @click.argument("repository", metavar="REPO")
 @click.option("--private", is_flag=True, help="make a new repository private, and refuse a public one")
+@click.option(
+    "--transformers-js", is_flag=True, help="add the files that transformers.js reads in browsers and Node.js"
+)
 @click.option("--dry-run", is_flag=True, help="list the files with their sizes, and send nothing")
-def push(folder: Path, repository: str, private: bool, dry_run: bool) -> None:
+def push(folder: Path, repository: str, **options: Any) -> None:
     """Upload the artifact of a finished run to the Hugging Face Hub.
 
     RUN is a run folder. REPO is USER/NAME of a model repository, which is created if it does not exist.
@@ -381,7 +384,7 @@ def push(folder: Path, repository: str, private: bool, dry_run: bool) -> None:
     from ..api.push import push
     from .tables import print_push
 
-    print_push(exit_on_error(lambda: push(folder, repository, private=private, dry_run=dry_run)))
+    print_push(exit_on_error(lambda: push(folder, repository, **options)))
 
 
 @click.command()

@@ -124,7 +124,7 @@ Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_to_list)]
 Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_to_list)]
-Formats = Annotated[list[Literal["fp16"]], BeforeValidator(_to_list)]
+Formats = Annotated[list[Literal["fp16", "ort"]], BeforeValidator(_to_list)]
 Epochs = Annotated[
     list[Annotated[int, Field(ge=1)]],
     Field(min_length=1),
@@ -369,7 +369,10 @@ class Options(BaseModel):
         enters="export",
     )
     formats: Formats = export_option(
-        "further files, each checked against fp32: fp16 (for browsers and GPUs)", [], enters="validate"
+        "further files, each checked against its source: fp16 (for browsers and GPUs), ort (fp32 and int8 in "
+        "ONNX Runtime's own format, for its minimal builds)",
+        [],
+        enters="validate",
     )
     bench_seconds: float = export_option(
         "seconds of measurement per network and number of threads", 1.0, enters="bench", gt=0

@@ -17,6 +17,7 @@ from ...export.int8.targets import TARGETS, explain_untimed
 from ...export.runtime import (
     MAX_SIDE,
     METADATA_PREFIX,
+    ORT_SUFFIX,
     ArtifactError,
     Size,
     height_width,
@@ -65,6 +66,8 @@ class ModelFile:
 def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
     """Read and verify the files of a run folder or artifact folder, or a single .onnx file.
 
+    Files in ONNX Runtime's own format are left out; they were compared with their .onnx files at export.
+
     Raises:
         UsageError: the path is neither, a file is damaged, or is not a safe ONNX file.
     """
@@ -80,11 +83,12 @@ def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
             return [ModelFile(path, path, path.stem, content)]
         check_finished(path)
         folder, manifest = read_manifest(path)
-        entries = [entry for entry in manifest["files"] if file in (None, entry["name"])]
+        onnx_files = [entry for entry in manifest["files"] if not entry["name"].endswith(ORT_SUFFIX)]
+        entries = [entry for entry in onnx_files if file in (None, entry["name"])]
         if not entries:
-            names = ", ".join(str(entry["name"]) for entry in manifest["files"])
+            names = ", ".join(str(entry["name"]) for entry in onnx_files)
             raise UsageError(f"--file {file} is not in {folder}. Available: {names}.")
-        precisions = Counter(entry["precision"] for entry in manifest["files"])
+        precisions = Counter(entry["precision"] for entry in onnx_files)
         files = []
         for entry in entries:
             content = read_verified(folder, entry)

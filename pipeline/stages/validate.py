@@ -23,7 +23,7 @@ from ..runs.scores import Calibration, Score
 from ..tasks.base import Outputs, Task
 from ..training.context import RunContext
 from .export import STUDENT_ONNX, origin
-from .formats import describe_formats, write_formats
+from .formats import Source, describe_formats, write_formats
 from .teacher import LOGITS
 
 MANIFEST = ARTIFACT / "manifest.json"
@@ -40,9 +40,11 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     logits = {"student": compute_onnx_logits(folder / STUDENT_ONNX, pixels, context.progress)}
     scores = {"student": task.score(logits["student"], labels, classes, thresholds)}
     target_scores: dict[str, Score] = {}
+    sources = [Source(STUDENT_ONNX, None, Outputs(logits["student"], labels, thresholds))]
     for target, file in int8.items():
         values = compute_onnx_logits(folder / file, pixels, context.progress, fuse=is_exact_here(target))
         target_scores[target] = task.score(values, labels, classes, thresholds)
+        sources.append(Source(file, target, Outputs(values, labels, thresholds)))
         if target == first_target:
             logits["student_int8"], scores["student_int8"] = values, target_scores[target]
     ships = next(key for key in SHIPPING_ORDER if key in logits)
@@ -90,7 +92,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     _warn(context, previous, scores["student"], labels)
     if (measured := facts[ships].get("calibration")) is not None and measured.get("before") is not None:
         _check_calibration(context, measured["before"]["ece"], measured["ece"])
-    further = write_formats(context, pixels, Outputs(logits["student"], labels, thresholds))
+    further = write_formats(context, pixels, sources)
     outputs += [(ARTIFACT / file.file.path.name).as_posix() for file in further]
     _write_manifest(context, data, previous, scores["student"], target_scores, model, further)
     score = scores[ships]

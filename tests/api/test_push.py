@@ -8,7 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
+from questpress.export.conversion.transformers_js import (
+    describe_model,
+    describe_processor,
+    write_transformers_js,
+)
+from questpress.export.errors import ExportError
+from questpress.export.runtime import Classifier, Preprocessing
 
 from tests.support.little import compress, refused
 
@@ -166,3 +175,51 @@ def test_unfinished_and_damaged_runs_are_refused(a_run: Path, hub: Hub, tmp_path
     (a_run / "run.json").write_text(json.dumps(record))
     refused(compress("push", a_run, REPO), 2, "is unfinished: report missing")
     assert hub.requests == []
+
+
+def test_files_of_transformers_js_have_its_names_and_the_artifacts_logits(a_run: Path, hub: Hub) -> None:
+    assert compress("push", a_run, REPO, "--transformers-js").exit_code == 0
+    config, processor = (json.loads(hub.files[name]) for name in ("config.json", "preprocessor_config.json"))
+    model = Classifier.load(a_run, file="student.onnx", threads=1)
+    p = model.preprocessing
+    assert config["id2label"] == {str(index): label for index, label in enumerate(model.labels)}
+    assert [config["label2id"][label] for label in model.labels] == list(range(len(model.labels)))
+    assert "transformers.js_config" not in config
+    assert processor["size"] == {"shortest_edge": p.resize}
+    assert processor["crop_size"] == {"height": p.size, "width": p.size}
+    assert (processor["image_mean"], processor["image_std"]) == ([*p.mean], [*p.std])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, p.size, p.size, 3), dtype=np.uint8)
+    inputs = model.to_input(pixels)
+    for name, file in (("model", "student.onnx"), ("model_quantized", "student.int8.onnx")):
+        session = ort.InferenceSession(hub.files[f"onnx/{name}.onnx"])
+        (logits,) = session.run(["logits"], {"pixel_values": inputs})
+        expected = Classifier.load(a_run, file=file, threads=1).logits(inputs)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert hub.files["student.onnx"] == (a_run / "artifact" / "student.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"task": "multi-label"},
+            "runs classifiers with one label per image, this is a model for multi-label",
+        ),
+        ({"input": "uint8"}, "passes normalized images, this model takes pixels. Export the run with"),
+        ({"crop_mode": "border"}, "cannot add a border, which this run does by --resize pad"),
+        ({"size": (64, 96)}, "crops to squares only, this model has another aspect ratio"),
+    ],
+)
+def test_models_that_transformers_js_cannot_run_are_refused(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    geometry = {key: change[key] for key in ("crop_mode", "size") if key in change}
+    preprocessing = Preprocessing.create(**{"size": 64, **geometry})
+    with pytest.raises(ExportError, match=f"transformers.js {problem}"):
+        write_transformers_js(tmp_path, {**change, "preprocessing": preprocessing.to_dict()}, tmp_path)
+    assert describe_processor(Preprocessing.create(64, 0.8, "bicubic", "squash"))["size"] == {
+        "height": 80,
+        "width": 80,
+    }
+    assert describe_model(["a"], has_int8=False)["transformers.js_config"] == {"dtype": "fp32"}
+    assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ def test_files_of_single_images_are_the_same_otherwise(a_run: Path, tmp_path: Pa
     assert not report(out)["bench"]["throughput"]
 
 
-def test_fp16_file_is_compared_with_fp32_and_used_only_by_name(
+def test_further_formats_are_compared_and_used_only_by_name(
     a_run: Path,
     tmp_path: Path,
     data: Path,
@@ -104,10 +104,12 @@ def test_fp16_file_is_compared_with_fp32_and_used_only_by_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = Path(shutil.copytree(a_run, tmp_path / "run"))
-    options = ("export", out, "--formats", "fp16", "--bench-seconds", "0.1")
+    options = ("export", out, "--formats", "fp16", "--formats", "ort", "--bench-seconds", "0.1")
     little.check_success(little.compress(*options))
     files = {entry["name"]: entry for entry in manifest(out)["files"]}
-    assert list(files) == ["student.int8.onnx", "student.onnx", "student.fp16.onnx"]
+    assert list(files) == [
+        "student.int8.onnx", "student.onnx", "student.fp16.onnx", "student.ort", "student.int8.ort"
+    ]  # fmt: skip
     entry, source = files["student.fp16.onnx"], files["student.onnx"]
     assert (entry["precision"], entry["target"], entry["quantization"]) == ("fp16", None, None)
     assert entry["bytes"] < 0.7 * source["bytes"] and entry["accuracy"]["n"] == source["accuracy"]["n"]
@@ -117,28 +119,50 @@ def test_fp16_file_is_compared_with_fp32_and_used_only_by_name(
     difference = np.abs(half.predict_logits(pixels) - single.predict_logits(pixels)).max()
     assert difference <= 0.02 * np.abs(single.predict_logits(pixels)).max()
     assert entry["parity"]["max_abs"] > 0 and entry["parity"]["same"] == entry["parity"]["n"] == 6
+    for name in ("student.ort", "student.int8.ort"):
+        converted, onnx_file = files[name], files[name.replace(".ort", ".onnx")]
+        same = ("precision", "target", "quantization", "accuracy", "opset", "ir_version")
+        assert [converted[key] for key in same] == [onnx_file[key] for key in same]
+        first, second = (Classifier.load(out, file=f["name"], threads=1) for f in (converted, onnx_file))
+        np.testing.assert_allclose(first.predict_logits(pixels), second.predict_logits(pixels), atol=1e-4)
+        content = (out / "artifact" / name).read_bytes()
+        assert content[4:8] == b"ORTM" and b"ReorderOutput" not in content
     assert Classifier.load(out).name == "student.int8.onnx"
     assert Classifier.load(out, precision="fp16").name == "student.fp16.onnx"
     assert predict_cli.main(["--self-test", "--threads", "1", "--artifact", str(out)]) == 0
     assert "student.fp16.onnx: ok" in capsys.readouterr().out
-    assert "with the same prediction on 6 of 6 test images" in (out / "artifact/README.md").read_text("utf-8")
-    # A file that differs too much is not written, and the former one goes.
-    monkeypatch.setattr(formats, "MAX_DIFFERENCE", 1e-9)
+    card = (out / "artifact/README.md").read_text("utf-8")
+    assert card.count("with the same prediction on 6 of 6 test images") == 3
+    # Files that differ too much are not written, and the former ones go.
+    monkeypatch.setattr(formats, "MAX_DIFFERENCE", dict.fromkeys(formats.MAX_DIFFERENCE, -1))
     warnings: list[str] = []
     context: Any = SimpleNamespace(
         folder=SimpleNamespace(path=out),
-        options=SimpleNamespace(formats=["fp16"]),
+        options=SimpleNamespace(formats=["fp16", "ort"]),
         task=load_task("classification"),
         display=SimpleNamespace(warn=warnings.append),
         progress=SimpleNamespace(update=lambda *_: None),
     )
     fp32 = Outputs(single.predict_logits(pixels), np.zeros(4, np.int64))
-    assert formats.write_formats(context, pixels, fp32) == []
-    assert not (out / "artifact/student.fp16.onnx").exists()
-    assert re.fullmatch(
-        r"--formats fp16: logits of up to \S+ differ by \S+ from fp32, the prediction is the same on "
-        r"4 of 4 images. student.fp16.onnx is not written",
-        *warnings,
+    sources = [formats.Source(Path("artifact/student.onnx"), None, fp32)]
+    assert formats.write_formats(context, pixels, sources) == []
+    assert {file.name for file in (out / "artifact").glob("student*")} == {
+        "student.onnx",
+        "student.int8.onnx",
+    }
+    for name, file, warning in zip(("fp16", "ort"), ("fp16.onnx", "ort"), warnings, strict=True):
+        assert re.fullmatch(
+            rf"--formats {name}: logits of up to \S+ differ by \S+, the prediction is the same on 4 of 4 "
+            rf"images. student.{file} is not written",
+            warning,
+        )
+    # The kernels of a processor without VNNI cannot check a file for others.
+    monkeypatch.setattr(formats, "is_exact_here", lambda _: False)
+    context.options.formats = ["ort"]
+    source = formats.Source(Path("artifact/student.int8.onnx"), "arm64", fp32)
+    assert formats.write_formats(context, pixels, [source]) == []
+    assert (
+        "student.int8.ort is not written, since this processor computes int8 files for arm64" in warnings[2]
     )
 
 
