@@ -118,7 +118,14 @@ def _complete_recipe(_context: click.Context, _option: click.Parameter, incomple
     return [name for name in recipes.list_recipes() if name.startswith(incomplete)]
 
 
-METAVARS = {"milestones": "E,E,…", "image_size": "SIZE", "student_size": "SIZE", "randaugment": "N,M"}
+METAVARS = {
+    "milestones": "E,E,…",
+    "image_size": "SIZE",
+    "student_size": "SIZE",
+    "randaugment": "N,M",
+    "mixup": "A",
+    "cutmix": "A",
+}
 """Placeholders of values with another form than their type."""
 
 COMPLETIONS = {"method": _complete_method, "recipe": _complete_recipe}

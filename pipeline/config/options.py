@@ -321,6 +321,12 @@ class Options(BaseModel):
     erasing: float = image_option(
         "probability of erasing a random rectangle of a training image", 0.0, ge=0, le=1
     )
+    mixup: float = image_option(
+        "blend training images with others, in a ratio from Beta(A, A), such as 0.2", 0.0, ge=0, le=100
+    )
+    cutmix: float = image_option(
+        "fill a rectangle of training images from others, of an area from Beta(A, A)", 0.0, ge=0, le=100
+    )
 
     calibrate: bool = export_option(
         "fit a temperature on the validation split and fold it into the exported files, for calibrated probabilities",

@@ -1,21 +1,29 @@
-"""Changes of a view's pixels after crop and flip: color jitter, RandAugment and random erasing.
+"""Changes of a view's pixels after crop and flip: color jitter, RandAugment, random erasing, mixup, CutMix.
 
-All are drawn on the host from (seed, image, view), like the crop. RandAugment and erasing compute in
-integers, or in products and sums that are rounded alike everywhere, so they are bit-exact on every device.
+All are drawn on the host from (seed, image, view), like the crop. All but the jitter compute in integers,
+or in products and sums that are rounded alike everywhere, so they are bit-exact on every device.
 
 RandAugment (Cubuk et al., 2019, arXiv 1909.13719) applies N of 14 operations in turn, with the strength M of
 30. Operations, ranges, nearest-neighbor sampling and the black border are torchvision's. Signs are random.
 
 Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896) fills a rectangle of 2 to 40 % of the view, with
 sides in a ratio of 0.3 to 3.3, by the mean color of ImageNet. A rectangle longer than the view is clipped.
+
+Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) returns λ·view + (1 − λ)·other, CutMix (Yun et al., ICCV
+2019, arXiv 1905.04899) the view with a rectangle of the other one, of √(1 − λ) of each side around any point
+and clipped, with λ from Beta(A, A). The other one is the view of the same number of a partner, another image
+of the training set: of a labeled image a labeled one. With both, each view draws one of them, as in timm.
 """
 
 import math
+from functools import cache
 
 import torch
+from scipy.special import betaincinv  # type: ignore[import-untyped]
 from torch import Tensor
 from torchvision.transforms.v2.functional import equalize_image
 
+from ...export.runtime import Size, height_width
 from .views import RATIO_STEPS, ViewPolicy, below, draw_color_factors, random_words, ratio_table, uniform
 
 OPERATIONS = (
@@ -32,7 +40,10 @@ ERASED_AREA, ERASED_RATIO = (0.02, 0.4), (0.3, 1 / 0.3)
 ERASED_COLOR = (125, 122, 114)
 
 # Draw numbers: see views.py. RandAugment takes one for each of its operations.
-_AUGMENT, _ERASE, _ERASE_AT = 32, 28, 29
+_AUGMENT, _ERASE, _ERASE_AT, _MIX, _MIX_AT = 32, 28, 29, 30, 31
+
+BETA_STEPS = 4096
+"""Number of equally probable ratios λ."""
 
 _ONE = 1 << 16
 """1 in fixed-point numbers."""
@@ -88,14 +99,88 @@ def apply_changes(views: Tensor, changes: Tensor, policy: ViewPolicy) -> Tensor:
 
 def erase(views: Tensor, rectangles: Tensor) -> Tensor:
     """Fill rectangles, float32 [B, 4] (top, left, height, width as fractions), by the mean color."""
-    tall, wide = views.shape[2:]
     start = rectangles[:, :2]
-    ends = torch.cat([start, start + rectangles[:, 2:]], 1) * torch.tensor([tall, wide, tall, wide])
-    top, left, bottom, right = to_device(ends.floor().long(), views.device).view(-1, 4, 1).unbind(1)
+    inside = _cover(torch.cat([start, start + rectangles[:, 2:]], 1), views)
+    color = to_device(torch.tensor(ERASED_COLOR, dtype=torch.uint8), views.device).view(1, 3, 1, 1)
+    return torch.where(inside, color, views)
+
+
+def _cover(edges: Tensor, views: Tensor) -> Tensor:
+    """Return bool [B, 1, H, W]: the pixels of views [B, 3, H, W] between edges (see ``_to_pixels``)."""
+    tall, wide = views.shape[2:]
+    pixels = to_device(_to_pixels(edges, (tall, wide)), views.device)
+    top, left, bottom, right = pixels.view(-1, 4, 1).unbind(1)
     down, across = (torch.arange(length, device=views.device) for length in (tall, wide))
     rows, columns = (down >= top) & (down < bottom), (across >= left) & (across < right)
-    color = to_device(torch.tensor(ERASED_COLOR, dtype=torch.uint8), views.device).view(1, 3, 1, 1)
-    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], color, views)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def _to_pixels(edges: Tensor, size: Size) -> Tensor:
+    """Convert top, left, bottom and right as fractions, float32 [B, 4], to pixels, int64 [B, 4]."""
+    return (edges * torch.tensor(height_width(size)).repeat(2)).floor().long()
+
+
+def draw_partners(
+    seed: int, keys: Tensor, views: Tensor, indices: Tensor, labeled: int, count: int
+) -> Tensor:
+    """Draw the image that each view is mixed with, int64 [B]: of the first ``labeled``, or of the others.
+
+    ``indices``, int64 [B], are the images of the views, of ``count``.
+    """
+    word, *_ = random_words(seed, keys, views, _MIX)
+    is_labeled = indices < labeled
+    drawn = below(word, torch.where(is_labeled, labeled, count - labeled))
+    return torch.where(is_labeled, drawn, labeled + drawn)
+
+
+def draw_mixes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    """Draw how each view is mixed, float32 [B, 5].
+
+    Columns: the ratio λ of mixup, 1 for CutMix; top, left, bottom and right of the rectangle of CutMix as
+    fractions of the view, 0 for mixup.
+    """
+    _, word, choice, _ = random_words(seed, keys, views, _MIX)
+    center = torch.stack(random_words(seed, keys, views, _MIX_AT)[:2], 1).double() * 2.0**-32
+    limit = (1 << 31 if policy.mixup else 1 << 32) if policy.cutmix else 0
+    is_cut, step = (choice < limit)[:, None], below(word, BETA_STEPS)[:, None]
+    ratio = torch.where(is_cut, *(beta_table(a or 1.0)[step] for a in (policy.cutmix, policy.mixup)))
+    half = (1 - ratio).sqrt() / 2
+    edges = torch.cat([center - half, center + half], 1).clamp(0, 1)
+    return torch.cat([torch.where(is_cut, 1.0, ratio), torch.where(is_cut, edges, 0.0)], 1).float()
+
+
+@cache
+def beta_table(parameter: float) -> Tensor:
+    """Return ``BETA_STEPS`` quantiles of Beta(A, A), float64 rounded to multiples of 2⁻¹⁶."""
+    steps = (torch.arange(BETA_STEPS, dtype=torch.float64) + 0.5) / BETA_STEPS
+    quantiles = torch.from_numpy(betaincinv(parameter, parameter, steps.numpy()))
+    return (quantiles * _ONE).round() / _ONE
+
+
+def mixing_ratios(mixes: Tensor, size: Size) -> Tensor:
+    """Return the fraction of each view of ``size`` that is its own image, float32 [B], for its labels."""
+    top, left, bottom, right = _to_pixels(mixes[:, 1:], size).unbind(1)
+    height, width = height_width(size)
+    return mixes[:, 0] - ((bottom - top) * (right - left)).float() / (height * width)
+
+
+def mix_labels(own: Tensor, other: Tensor, ratios: Tensor) -> Tensor:
+    """Mix labels by ratios [L] of the first ones, float32.
+
+    Of class numbers int64 [L]: both numbers and the ratio [L, 3]. Of 0 or 1 for each class, [L, classes]:
+    the weighted mean.
+    """
+    if own.dim() == 1:
+        return torch.stack([own.float(), other.float(), ratios], 1)
+    return ratios[:, None] * own + (1 - ratios[:, None]) * other
+
+
+def mix(views: Tensor, mixes: Tensor) -> Tensor:
+    """Mix the first half of views, uint8 [2B, 3, H, W], with the second by ``mixes`` of ``draw_mixes``."""
+    own, other = views.chunk(2)
+    weight = to_device((mixes[:, 0] * _ONE).int(), views.device).view(-1, 1, 1, 1)
+    blended = (own.int() * weight + other.int() * (_ONE - weight) + _ONE // 2) >> 16
+    return torch.where(_cover(mixes[:, 1:], own), other, blended.to(torch.uint8))
 
 
 def augment(views: Tensor, operations: Tensor, signs: Tensor, strength: int) -> Tensor:

@@ -11,14 +11,23 @@ Both match torchvision's ``resized_crop(antialias=True)``, and so each other, wi
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...export.runtime import Size, height_width
-from .augment import apply_changes, draw_changes, to_device
+from .augment import (
+    apply_changes,
+    draw_changes,
+    draw_mixes,
+    draw_partners,
+    mix,
+    mix_labels,
+    mixing_ratios,
+    to_device,
+)
 from .boxes import follow
 from .views import ViewPolicy, draw_crops
 
@@ -265,12 +274,27 @@ class Normalize(nn.Module):
         return (views.to(torch.float32) / 255).sub_(self.mean).div_(self.std)
 
 
+class Drawn(NamedTuple):
+    """Views of a batch: crops, flips, changes of pixels if there are any, and labels.
+
+    If views are mixed, those of their partners follow them, and ``mixes`` are ``augment.draw_mixes``'s.
+    """
+
+    box: Tensor
+    flips: Tensor
+    changes: Tensor | None
+    labels: Tensor
+    indices: Tensor
+    mixes: Tensor | None
+
+
 @dataclass(frozen=True)
 class LabeledViews:
     """Training images whose views are drawn by ``policy`` and ``seed``, of ``size`` pixels.
 
     ``labels`` (int64 [L], float32 [L, classes] or [L, M, 7]) are those of the first L images, and the others
-    have none. ``keys`` are int64 [N]. Both are on the host; see ``decode.ReadableImages``.
+    have none. ``keys`` are int64 [N]. Both are on the host; see ``decode.ReadableImages``. Labels of mixed
+    views are those of ``augment.mix_labels``.
     """
 
     labels: Tensor
@@ -282,21 +306,25 @@ class LabeledViews:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def draw(
-        self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Draw crops and flips of views, the changes of their pixels if there are any, and the labels.
+    def draw(self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor) -> Drawn:
+        """Draw views of images ``indices`` with ``view_numbers``, int64 [B] both, labeled images first.
 
-        ``indices`` and ``view_numbers`` are int64 [B], labeled images first, whose labels are returned;
-        ``heights`` and ``widths`` int64 [N], of all images.
+        ``heights`` and ``widths`` are int64 [N], of all images. Labels are those of the labeled images.
         """
-        keys, policy, seed = self.keys[indices], self.policy, self.seed
-        heights, widths = heights[indices], widths[indices]
-        box, flips = draw_crops(policy, seed, keys, view_numbers, heights, widths)
-        labels = self.labels[indices[indices < len(self.labels)]]
+        policy, seed, labeled, mixes = self.policy, self.seed, len(self.labels), None
+        labels = self.labels[indices[indices < labeled]]
         rows = slice(len(labels))
+        if policy.mixes:
+            keys = self.keys[indices]
+            mixes = draw_mixes(policy, seed, keys, view_numbers)
+            partners = draw_partners(seed, keys, view_numbers, indices, labeled, len(self))
+            labels = mix_labels(labels, self.labels[partners[rows]], mixing_ratios(mixes[rows], self.size))
+            indices, view_numbers = torch.cat([indices, partners]), view_numbers.repeat(2)
+        keys, heights, widths = self.keys[indices], heights[indices], widths[indices]
+        box, flips = draw_crops(policy, seed, keys, view_numbers, heights, widths)
         labels = follow(labels, box[rows], flips[rows], heights[rows], widths[rows], self.size)
-        return box, flips, draw_changes(policy, seed, keys, view_numbers), labels
+        changes = draw_changes(policy, seed, keys, view_numbers)
+        return Drawn(box, flips, changes, labels, indices, mixes)
 
 
 @dataclass(frozen=True)
@@ -315,14 +343,17 @@ class Views(LabeledViews):
         """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, H, W], and the labels.
 
         Another ``size`` returns the same crops at that size. A view depends only on its image, view number
-        and the seed, not on the other images of the batch.
+        and the seed, and if it is mixed on the images of the set, not on the other images of the batch.
         """
         pixels = self.pixels
-        box, flips, changes, labels = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
-        views = render_views(pixels, indices, box, flips, size or self.size, self.policy, device)
-        if changes is not None:
-            views = apply_changes(views, changes, self.policy)
-        return views, to_device(labels, device)
+        drawn = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
+        shown = (pixels, drawn.indices, drawn.box, drawn.flips)
+        views = render_views(*shown, size or self.size, self.policy, device)
+        if drawn.changes is not None:
+            views = apply_changes(views, drawn.changes, self.policy)
+        if drawn.mixes is not None:
+            views = mix(views, drawn.mixes)
+        return views, to_device(drawn.labels, device)
 
     def batches(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...export.runtime import Preprocessing, Size, height_width, needed_size, render
 from ..runs.cache import Cache
-from .augment import apply_changes, to_device
+from .augment import apply_changes, mix, to_device
 from .dataset import Image, Progress
 from .decode import (
     Canonical,
@@ -94,11 +94,11 @@ class StreamedViews(LabeledViews):
         def tasks() -> Iterator[Task]:
             for indices, view_numbers in plan:
                 drawn = self.draw(indices, view_numbers, images.heights, images.widths)
-                box, flips, changes, targets = drawn
-                labels.append(targets)
-                batch = [images.images[index] for index in indices.tolist()]
+                labels.append(drawn.labels)
+                batch = [images.images[index] for index in drawn.indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
-                arrays = box.numpy(), flips.numpy(), None if changes is None else changes.numpy()
+                tensors = drawn.box, drawn.flips, drawn.changes, drawn.mixes
+                arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
                 yield partial(_crop, batch, self.canonical, self.policy, *arrays, sizes)
 
         for packed in self.workers.map(tasks()):
@@ -137,11 +137,12 @@ def _crop(
     box: np.ndarray,
     flips: np.ndarray,
     changes: np.ndarray | None,
+    mixes: np.ndarray | None,
     sizes: tuple[Size, ...],
 ) -> Tensor:
     """Return views uint8 [B, ΣH·W, 3], packed for all sizes, from one decoding of each image.
 
-    ``box`` is int32 [B, 4], ``flips`` bool [B], ``changes`` of ``draw_changes`` [B, K].
+    ``box``, ``flips``, ``changes`` and ``mixes`` are those of ``render.Drawn``.
     """
     boxes, mirrored, first = torch.from_numpy(box), torch.from_numpy(flips), torch.zeros(1).long()
     packed = torch.empty(len(images), sum(_areas(sizes)), 3, dtype=torch.uint8)
@@ -155,6 +156,10 @@ def _crop(
     if changes is not None:
         for views in unpacked:
             views.copy_(apply_changes(views, torch.from_numpy(changes), policy))
+    if mixes is not None:
+        for views in unpacked:
+            views[: len(mixes)] = mix(views, torch.from_numpy(mixes))
+        packed = packed[: len(mixes)].clone()
     return packed
 
 

@@ -86,6 +86,8 @@ class TrainingData:
             "color_jitter": o.color_jitter or 0.0,
             "randaugment": (o.randaugment[0], o.randaugment[1]) if o.randaugment else None,
             "erasing": o.erasing,
+            "mixup": o.mixup,
+            "cutmix": o.cutmix,
         }
         height, width = height_width(self.image_size)
         if o.crop == "pad":

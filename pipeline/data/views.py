@@ -85,7 +85,8 @@ class ViewPolicy:
     - ``center``: the largest crop at the center with ``aspect``, width over height.
 
     ``flip`` mirrors half of the views. ``color_jitter`` j changes brightness, contrast and saturation by
-    factors from [1 − j, 1 + j]. ``randaugment`` is N, M and ``erasing`` a probability; see ``augment.py``.
+    factors from [1 − j, 1 + j]. ``randaugment`` is N, M, ``erasing`` a probability, ``mixup`` and ``cutmix``
+    are the parameters of Beta distributions; see ``augment.py``.
     """
 
     kind: Literal["pad_crop", "resized_crop", "center"]
@@ -100,6 +101,8 @@ class ViewPolicy:
     aspect: float = 1.0
     randaugment: tuple[int, int] | None = None
     erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible policy."""
@@ -114,9 +117,15 @@ class ViewPolicy:
             raise ValueError(f"color_jitter must be from 0 to 1, got {self.color_jitter}")
 
     @property
+    def mixes(self) -> bool:
+        """True if a view shows two images."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
     def count(self) -> int | None:
         """Number of different views of an image; None if there are practically infinitely many."""
-        if self.kind == "resized_crop" or self.color_jitter or self.randaugment or self.erasing:
+        is_changed = self.color_jitter or self.randaugment or self.erasing or self.mixes
+        if self.kind == "resized_crop" or is_changed:
             return None
         return (math.prod(self._shifts) if self.kind == "pad_crop" else 1) * (2 if self.flip else 1)
 

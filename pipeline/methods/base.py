@@ -80,7 +80,8 @@ class Batch:
     """Without gradients, of the same views: each teacher's features, or the arrays of ``cached_outputs``."""
     labels: Tensor
     """Class numbers [L], or float32 [L,N] with 1 for each class of a multi-label image, of the first L
-    images. The others have no labels: a method treats them by its teachers' outputs alone."""
+    images. The others have no labels: a method treats them by its teachers' outputs alone. The class of a
+    mixed view is that of the image of which it shows more; multi-label ones have the weighted mean."""
     epoch: int = 0
     """Number of completed epochs."""
     keys: Tensor | None = None

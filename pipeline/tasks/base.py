@@ -151,6 +151,10 @@ print(prediction.label, prediction.probability)"""
     def guessing_loss(self, classes: int) -> float:
         """Return the label loss of equal probabilities; infinite if it is not a sign of a failed training."""
 
+    def main_labels(self, labels: Tensor) -> Tensor:
+        """Return the labels of a training batch for methods: those of mixed views in the form of others."""
+        return labels
+
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Return the number of correct images in a batch; None if the score is not a proportion of images."""
         return None

@@ -25,6 +25,15 @@ CHANCE_IMAGES = 2
 BALANCED, TOP5 = "balanced accuracy", "top-5 accuracy"
 
 
+def mixed_loss(loss: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of class numbers [L], or of mixed views by both numbers and the ratio, [L, 3]."""
+    if labels.dim() == 1:
+        mean: Tensor = loss(logits, labels).mean()
+        return mean
+    first, second, ratio = labels.unbind(1)
+    return (ratio * loss(logits, first.long()) + (1 - ratio) * loss(logits, second.long())).mean()
+
+
 class Classification(Task):
     """Labels are class numbers int64 [n]."""
 
@@ -35,10 +44,18 @@ class Classification(Task):
     default_balance = "auto"
 
     def label_loss(self, smoothing: float) -> LabelLoss:
-        return partial(compute_labeled_loss, nn.CrossEntropyLoss(label_smoothing=smoothing))
+        loss = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
+        return partial(compute_labeled_loss, partial(mixed_loss, loss))
 
     def guessing_loss(self, classes: int) -> float:
         return math.log(classes)
+
+    def main_labels(self, labels: Tensor) -> Tensor:
+        """Return the class numbers [L]; of a mixed view, that of the image of which it shows more."""
+        if labels.dim() == 1:
+            return labels
+        first, second, ratio = labels.unbind(1)
+        return torch.where(ratio >= 0.5, first, second).long()
 
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(1) == labels).sum()

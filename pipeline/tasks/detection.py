@@ -59,6 +59,8 @@ class Detection(Task):
             "label_smoothing": "the losses of detectors have none",
             "randaugment": "it moves objects without their boxes",
             "erasing": "it hides objects that keep their boxes",
+            "mixup": "the boxes of two images would be needed",
+            "cutmix": "it hides objects that keep their boxes",
             "formats": "the files are compared by logits, and detectors have boxes too",
         }
     )

@@ -160,7 +160,7 @@ class Meter:
         for key, value in result.items():
             if key != "output":
                 self.sums[key] = self.sums.get(key, 0) + value.detach().float() * images
-        correct = self.task.count_correct(logits[: len(labels)], labels)
+        correct = self.task.count_correct(logits[: len(labels)], self.task.main_labels(labels))
         self.has_accuracy = correct is not None
         if correct is not None:
             self.correct += correct

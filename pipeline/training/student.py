@@ -233,6 +233,8 @@ def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: s
         "images": digest(data.train.keys.tolist()),
         "form": data.form,
         "policy": asdict(data.policy),
+        # Labeled images are mixed with labeled ones.
+        "labeled": len(data.train.labeled) if data.policy.mixes else None,
         "seed": FIXED_SEED,
         "size": teacher.image_size,
     }

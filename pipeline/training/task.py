@@ -95,6 +95,7 @@ class StudentModule(nn.Module):
         self.labeled_fraction = 1.0
         """Fraction of a step's images that have labels."""
         self.label_loss = label_task.label_loss(label_smoothing)
+        self.main_labels = label_task.main_labels
         self.use(engine)
 
     def use(self, engine: Engine) -> None:
@@ -119,7 +120,7 @@ class StudentModule(nn.Module):
         features = self.readouts(images, self.reads, labels)
         label_loss = self.label_loss(features[self.loss_read], labels)
         label_loss = label_loss * (len(labels) / len(pixels) / self.labeled_fraction)
-        batch = Batch(features, teachers, labels, epoch, keys)
+        batch = Batch(features, teachers, self.main_labels(labels), epoch, keys)
         with self.autocast_heads:
             by_method = {
                 name: {part: self.weights[name] * loss for part, loss in method(batch).items()}
@@ -353,8 +354,8 @@ class DistillationTask(TrainingTask):
 
         Args:
             input: views, uint8 [B,3,H,W].
-            target: class numbers, or float32 [L,N] with 1 for each class of a multi-label image, of the first
-                L images; the others have no labels.
+            target: labels of the first L images, as ``data.render.LabeledViews`` has them; the others have
+                none.
             keys: int64 [B], the seed of the methods' random draws.
             teachers: the teachers' features of these views; None runs the teachers.
             teacher_pixels: the same views at the teachers' size, if it differs.

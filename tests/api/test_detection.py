@@ -119,6 +119,8 @@ def test_interrupted_two_stage_training_resumes_to_the_bit(
         (("--qat",), "--qat does not support detection"),
         (("--randaugment", "2,9"), "--randaugment does not support detection: it moves objects"),
         (("--erasing", "0.5"), "--erasing does not support detection: it hides objects"),
+        (("--mixup", "0.2"), "--mixup does not support detection: the boxes of two images"),
+        (("--cutmix", "1"), "--cutmix does not support detection: it hides objects"),
         (("--method", "kd"), "--method kd does not support detection data"),
         (("--student", "resnet18"), "detector"),
     ],

@@ -1,6 +1,7 @@
-"""RandAugment's operations against torchvision's, random erasing, and how both are drawn."""
+"""RandAugment against torchvision, mixup and CutMix against timm, random erasing, and how they are drawn."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,19 @@ from questpress.pipeline.data.augment import (
     apply_changes,
     augment,
     draw_changes,
+    draw_mixes,
+    draw_partners,
     erase,
+    mix,
+    mix_labels,
+    mixing_ratios,
 )
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import ViewPolicy
+from questpress.pipeline.tasks.classification import Classification
+from scipy.stats import beta
+from timm.data import mixup as timm_mixup
+from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -26,7 +36,7 @@ TALL, WIDE = 24, 36
 STRENGTH = 21
 PART = STRENGTH / 30
 IMAGES = torch.from_numpy(np.stack([smooth(n, TALL, WIDE) for n in range(5)])).permute(0, 3, 1, 2)
-STRONG = ViewPolicy("center", randaugment=(2, 20), erasing=0.5)
+STRONG = ViewPolicy("center", randaugment=(2, 20), erasing=0.5, mixup=1.0, cutmix=1.0)
 
 
 def torchvisions(image: Tensor, name: str, sign: int) -> Tensor:
@@ -125,14 +135,90 @@ def test_weak_views_have_no_changes_and_strong_ones_are_not_counted() -> None:
     keys = torch.arange(3)
     assert draw_changes(ViewPolicy("center"), 0, keys, keys) is None
     assert ViewPolicy("center").count == 2 and STRONG.count is None
+    assert ViewPolicy("center", mixup=0.2).count is None
     jittered = ViewPolicy("center", color_jitter=0.3, erasing=1.0)
     changes = draw_changes(jittered, 0, keys, keys)
     assert changes is not None and not apply_changes(IMAGES[:3], changes, jittered).equal(IMAGES[:3])
 
 
+def test_mixup_is_timms() -> None:
+    ratios = torch.tensor([0.0, 0.25, 0.5, 0.8, 1.0]).mul(1 << 16).round() / (1 << 16)
+    mixes = torch.cat([ratios[:, None], torch.zeros(5, 4)], 1)
+    ours = mix(torch.cat([IMAGES, IMAGES.flip(0)]), mixes)
+    pixels, lam = IMAGES.numpy().astype(np.float64), ratios.numpy()[:, None, None, None]
+    np.testing.assert_array_equal(ours.numpy(), np.floor(pixels * lam + pixels[::-1] * (1 - lam) + 0.5))
+    assert mixing_ratios(mixes, (TALL, WIDE)).equal(ratios)
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 1, 2, 2])
+    rows = [timm_mixup.mixup_target(labels, 4, lam=lam, smoothing=0.1)[n] for n, lam in enumerate(ratios)]
+    expected = SoftTargetCrossEntropy()(logits, torch.stack(rows))
+    pairs = mix_labels(labels, labels.flip(0), ratios)
+    assert Classification().label_loss(0.1)(logits, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert Classification().main_labels(pairs).tolist() == [2, 2, 1, 2, 2]
+    several = torch.eye(4)[labels]
+    expected = torch.stack(
+        [timm_mixup.mixup_target(several, 4, lam=lam, multi_label=True)[n] for n, lam in enumerate(ratios)]
+    )
+    assert mix_labels(several, several.flip(0), ratios).allclose(expected)
+
+
+def test_rectangles_of_cutmix_are_timms_within_a_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, policy = torch.arange(500), ViewPolicy("center", cutmix=1.0)
+    mixes = draw_mixes(policy, 0, keys, keys)
+    assert mixes[:, 0].eq(1).all()
+    views = torch.zeros(1000, 1, TALL, WIDE, dtype=torch.uint8)
+    views[500:] = 1
+    shown = mix(views, mixes)[:, 0]
+    assert mixing_ratios(mixes, (TALL, WIDE)).allclose(1 - shown.float().mean((1, 2)))
+    tops, lefts, bottoms, rights = mixes[:, 1:].double().numpy().T
+    middle: list[int] = []
+    monkeypatch.setattr(np.random, "randint", lambda *_, **__: middle.pop())
+    for n in range(0, 500, 7):
+        inside = tops[n] > 0 and lefts[n] > 0 and bottoms[n] < 1 and rights[n] < 1
+        if not inside:  # its center cannot be inferred
+            continue
+        middle += int((lefts[n] + rights[n]) / 2 * WIDE), int((tops[n] + bottoms[n]) / 2 * TALL)
+        lam = 1 - (bottoms[n] - tops[n]) ** 2
+        theirs = timm_mixup.rand_bbox((TALL, WIDE), lam)
+        rows, columns = (shown[n].any(axis).nonzero()[:, 0] for axis in (1, 0))
+        ours = [int(end) for x in (rows, columns) if len(x) for end in (x[0], x[-1] + 1)]
+        assert all(abs(a - b) <= 1 for a, b in zip(ours, theirs, strict=False))
+
+
+@pytest.mark.parametrize("parameter", [0.2, 1.0, 5.0])
+def test_ratios_are_of_beta_and_partners_of_all_images(parameter: float) -> None:
+    keys = torch.arange(6000)
+    policy = ViewPolicy("center", mixup=parameter)
+    ratios = draw_mixes(policy, 3, keys, keys)[:, 0].numpy()
+    below = np.linspace(0.01, 0.99, 50)
+    fractions = (ratios <= below[:, None]).mean(1)
+    np.testing.assert_allclose(fractions, beta(parameter, parameter).cdf(below), atol=0.02)
+    both = draw_mixes(ViewPolicy("center", mixup=parameter, cutmix=1.0), 3, keys, keys)
+    is_cut = both[:, 3] > 0
+    assert 0.47 < is_cut.float().mean() < 0.53 and both[is_cut, 0].eq(1).all()
+    indices = torch.arange(6000) % 10
+    partners = draw_partners(3, keys, keys, indices, 4, 10)
+    counts = [partners[indices == n].bincount(minlength=10) for n in (0, 9)]
+    assert (counts[0][:4] > 100).all() and counts[0][4:].eq(0).all()
+    assert (counts[1][4:] > 60).all() and counts[1][:4].eq(0).all()
+
+
+def test_mixed_view_shows_the_views_of_image_and_partner() -> None:
+    plain = ViewPolicy("pad_crop", side=12, crop=12, pad=2, randaugment=(2, 9))
+    indices, numbers = torch.arange(6), torch.arange(6) + 40
+    views = views_of(small(), replace(plain, mixup=1.0), 12)
+    mixed, labels = replace(views, labels=torch.arange(3)).batch(indices, numbers)
+    own, other, ratios = labels.unbind(1)
+    assert own.tolist() == [0, 1, 2] and other.max() < 3, "the others have no labels"
+    assert not views.batch(indices, numbers)[1][:, 1].equal(indices.float())
+    numbers, mixed = numbers[:3], mixed[:3]
+    first, second = (views_of(small(), plain, 12).batch(x.long(), numbers)[0].double() for x in (own, other))
+    weights = ratios.double()[:, None, None, None]
+    assert (first * weights + second * (1 - weights) - mixed).abs().max() <= 0.5 + 1e-9
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_gpu_views_equal_the_cpus() -> None:
-    policy = ViewPolicy("pad_crop", side=12, crop=12, pad=2, randaugment=(3, 25), erasing=0.5)
+    policy = ViewPolicy("pad_crop", side=12, crop=12, pad=2, randaugment=(3, 25), erasing=0.5, cutmix=1.0)
     here, plan = views_of(small(), policy, 12), (torch.arange(6).repeat(80), torch.arange(480))
     there = Views(here.labels, here.keys, policy, 0, 12, here.pixels.to("cuda"))
     assert there.batch(*plan, "cuda")[0].cpu().equal(here.batch(*plan)[0])

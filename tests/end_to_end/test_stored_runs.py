@@ -23,7 +23,10 @@ from safetensors.torch import load_file, save_file
 from tests.support import little
 from tests.support.little import refused, report, weights
 
-VIEWS = ("--cache-views", "2", "--epochs", "3", "--precision", "fp32", "--until", "student")
+VIEWS = (
+    "--cache-views", "2", "--mixup", "1", "--cutmix", "1", "--epochs", "3", "--precision", "fp32",
+    "--until", "student",
+)  # fmt: skip
 
 
 def wide(*arguments: str | Path) -> Any:
@@ -144,10 +147,11 @@ def key_of(data: TrainingData, precision: str = "fp32") -> str:
         lambda data: with_options(data, color_jitter=0.2),
         lambda data: with_options(data, randaugment="2,9"),
         lambda data: with_options(data, erasing=0.2),
+        lambda data: with_options(data, mixup=0.2),
         lambda data: with_options(data, crop="resized", crop_scale=0.5),
         other_images,
     ],
-    ids=["size", "pad", "flip", "jitter", "randaugment", "erasing", "crop", "images"],
+    ids=["size", "pad", "flip", "jitter", "randaugment", "erasing", "mixup", "crop", "images"],
 )
 def test_key_depends_on_images_sizes_and_view_policy(
     training_data: TrainingData, changed: Callable[[TrainingData], TrainingData]

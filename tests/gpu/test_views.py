@@ -15,9 +15,10 @@ from tests.support.emulated_cuda import Device
 
 POLICIES = {
     "resized": ViewPolicy("resized_crop", color_jitter=0.4),
-    "resized, changed": ViewPolicy("resized_crop", randaugment=(8, 9), erasing=0.5),
+    "resized, changed": ViewPolicy("resized_crop", randaugment=(8, 9), erasing=0.5, mixup=1.0),
     "padded": ViewPolicy(
-        "pad_crop", side=12, crop=12, pad=3, color_jitter=0.4, randaugment=(8, 9), erasing=0.5
+        "pad_crop", side=12, crop=12, pad=3, color_jitter=0.4, randaugment=(8, 9), erasing=0.5, mixup=1.0,
+        cutmix=1.0,
     ),
     "reflected": ViewPolicy("pad_crop", side=12, crop=8, pad=3, mode="reflect"),
     "centered": ViewPolicy("center"),
