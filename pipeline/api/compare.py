@@ -3,37 +3,32 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from ..config.limits import MAX_INTEGER
 from ..config.stages import ROUND, get_kind
 from ..errors import UsageError
-from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
 from ..evaluation.results import (
-    AccuracyDifference,
     ComparedFile,
     ComparedRun,
     Comparison,
     Group,
     Kind,
-    LatencyDifference,
-    Machine,
     Search,
-    Winner,
 )
 from ..report.assemble import assemble
-from ..report.comparison_page import comparison_csv, measured_files, render_comparison
+from ..report.comparison_page import comparison_csv, render_comparison
 from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
 from ..report.summary import describe_machine, list_missing
-from ..runs.artifacts import PREDICTIONS_FILE, Predictions, read_predictions
+from ..runs.artifacts import PREDICTIONS_FILE, VAL_PREDICTIONS_FILE, Predictions, read_predictions
 from ..runs.files import check_writable, command_line, shorten_paths, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
 from ..runs.scores import Score
+from .ranking import KEYS, Scored, choose_winner, compare_scores, group_by_machine
 
 REPORT = "report.json"
 
@@ -41,9 +36,6 @@ TEACHER = "teacher"
 """Folder of a sweep's teacher, a run without a student."""
 
 STUDENT_STAGES = ("prepare", "student", "qat", ROUND)
-
-KEYS: dict[Kind, str] = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}
-"""Names of the files in ``Report`` and ``Predictions``."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +87,13 @@ def _read_report(path: Path) -> Report:
         raise UsageError(f"{file} {reason}. Run compress report to write it again.") from error
 
 
-def read_run_predictions(run: Run) -> Predictions | None:
-    """Return a run's predictions on its test images, or None if there are none."""
+def read_run_predictions(run: Run, file: str = PREDICTIONS_FILE) -> Predictions | None:
+    """Return a run's predictions on its test images, or those of another file; None if there are none."""
     if not run.path.is_dir():
         return None
     if (run.path / RECORD).is_file():
-        RunFolder.read(run.path).check_output(PREDICTIONS_FILE)
-    return read_predictions(run.path / PREDICTIONS_FILE)
+        RunFolder.read(run.path).check_output(file)
+    return read_predictions(run.path / file)
 
 
 def list_thread_counts(report: Report) -> list[int]:
@@ -129,6 +121,7 @@ def summarize_run(run: Run, threads: int | None) -> ComparedRun:
         int8=files["int8"],
         fp32=files["fp32"],
         teacher_file=files["teacher"],
+        val_score=_without_classes(report.student.val_score if report.student else None),
         training_seconds=sum(seconds) if seconds else None,
         seed=seed if isinstance(seed, int) and 0 <= seed <= MAX_INTEGER else None,
         data=report.data.name if report.data else None,
@@ -148,13 +141,17 @@ def _summarize_file(column: Column | None, kind: Kind, threads: int | None) -> C
         kind=kind,
         network=subject.name,
         bytes=subject.bytes,
-        score=subject.score.model_copy(update={"classes": []}) if subject.score else None,
+        score=_without_classes(subject.score),
         ece=subject.calibration.ece if subject.calibration else None,
         p50=median.value if median else None,
         p50_low=median.low if median else None,
         p50_high=median.high if median else None,
         speedup=next((s for s in subject.speedups if s.over == "teacher" and s.threads == threads), None),
     )
+
+
+def _without_classes(score: Score | None) -> Score | None:
+    return score and score.model_copy(update={"classes": []})
 
 
 def compare(
@@ -199,7 +196,13 @@ def compare(
         groups=groups,
         warnings=[*_list_warnings(list(summaries.values()), groups), *_list_disturbed(runs, threads)],
         notes=_list_notes(groups, threads),
-        search=search and choose_winner(search, list(summaries.values()), predictions),
+        search=search
+        and choose_winner(
+            search,
+            list(summaries.values()),
+            predictions,
+            {run.name: read_run_predictions(run, VAL_PREDICTIONS_FILE) for run in runs},
+        ),
         folder=str(folder),
     )
     texts = {
@@ -280,14 +283,18 @@ def group_runs(runs: Sequence[ComparedRun], predictions: Mapping[str, Prediction
     groups = []
     for fingerprint in dict.fromkeys(run.fingerprint for run in runs):
         members = sorted((run for run in runs if run.fingerprint == fingerprint), key=_best_first)
-        scores = [(run, run.ships.score) for run in members if run.ships and run.ships.score]
+        scores = [
+            Scored(run.name, run.ships.score, KEYS[run.ships.kind])
+            for run in members
+            if run.ships and run.ships.score
+        ]
         groups.append(
             Group(
                 data=members[0].data,
                 fingerprint=fingerprint,
-                n=scores[0][1].n if scores else None,
+                n=scores[0].score.n if scores else None,
                 runs=[run.name for run in members],
-                best=scores[0][0].name if scores else None,
+                best=scores[0].run if scores else None,
                 accuracies=compare_scores(scores, predictions),
                 machines=group_by_machine(members),
             )
@@ -298,115 +305,3 @@ def group_runs(runs: Sequence[ComparedRun], predictions: Mapping[str, Prediction
 def _best_first(run: ComparedRun) -> tuple[float, str]:
     score = run.ships.score if run.ships else None
     return (1.0 if score is None else -score.percent, run.name)
-
-
-def compare_scores(
-    scores: Sequence[tuple[ComparedRun, Score]], predictions: Mapping[str, Predictions | None]
-) -> list[AccuracyDifference]:
-    """Compare the shipped file of each run with that of the first one, which has the best score."""
-    differences = [_compare(run, score, *scores[0], predictions) for run, score in scores[1:]]
-    tested = {i: difference.p for i, difference in enumerate(differences) if difference.p is not None}
-    for i, p_holm in zip(tested, holm(list(tested.values())), strict=True):
-        differences[i].p_holm, differences[i].within_noise = p_holm, p_holm >= SIGNIFICANT
-    return differences
-
-
-def _compare(
-    run: ComparedRun,
-    score: Score,
-    best: ComparedRun,
-    best_score: Score,
-    predictions: Mapping[str, Predictions | None],
-) -> AccuracyDifference:
-    """Test image by image if both runs have predictions on the same images, otherwise by their scores."""
-    difference = AccuracyDifference(
-        run=run.name,
-        best=best.name,
-        points=score.percent - best_score.percent,
-        paired=False,
-        within_noise=score.high >= best_score.low,
-    )
-    own, other = (_select_predictions(r, predictions) for r in (run, best))
-    if own is not None and other is not None and own[0].has_same_images(other[0]):
-        correct, best_correct = own[0].is_correct(own[1]), other[0].is_correct(other[1])
-        p = mcnemar(int((best_correct & ~correct).sum()), int((correct & ~best_correct).sum()))
-        return difference.model_copy(update={"p": p, "paired": True})
-    if score.correct is None or best_score.correct is None:
-        return difference
-    test = compare_unpaired(score, best_score)
-    return difference.model_copy(update={"p": test.p, "low": test.low, "high": test.high})
-
-
-def choose_winner(
-    search: Search, runs: Sequence[ComparedRun], predictions: Mapping[str, Predictions | None]
-) -> Search:
-    """Add the run that ships: the most accurate one within the budget, or a faster one that is not worse.
-
-    Latency is that of the shipped file. A run is not worse if its accuracy does not differ significantly.
-    """
-    files = [(run, run.ships) for run in sorted(runs, key=_best_first) if run.ships]
-    budget = search.max_latency
-    allowed = [(run, f) for run, f in files if budget is None or (f.p50 is not None and f.p50 <= budget)]
-    scores = [(run, file.score) for run, file in allowed if file.score]
-    if not scores:
-        return search
-    differences = {d.run: d for d in compare_scores(scores, predictions)}
-    best = scores[0][0]
-    tied = [run for run, _ in scores if run is best or differences[run.name].within_noise]
-    here = [machine for machine in group_by_machine(tied) if best.name in machine.runs]
-    timed = [run for run in tied if here and run.name in here[0].runs] or [best]
-    fastest = next((run for run in tied if here and run.name == here[0].runs[0]), best)
-    # Of those that are as fast, the most accurate one.
-    chosen = next(run for run in timed if run is fastest or _compare_latency(run, fastest) == "no difference")
-    reason: Literal["most accurate", "faster"] = "most accurate" if chosen is best else "faster"
-    winner = Winner(run=chosen.name, reason=reason, difference=differences.get(chosen.name))
-    return search.model_copy(update={"winner": winner})
-
-
-def _select_predictions(
-    run: ComparedRun, predictions: Mapping[str, Predictions | None]
-) -> tuple[Predictions, str] | None:
-    """Return a run's predictions and the name of its shipped file in them, if they match its report."""
-    stored, file = predictions.get(run.name), run.ships
-    assert file is not None and file.score is not None
-    key = KEYS[file.kind]
-    if stored is None or key not in stored.classes:
-        return None
-    correct = stored.is_correct(key)
-    return (stored, key) if (correct.sum(), len(correct)) == (file.score.correct, file.score.n) else None
-
-
-def group_by_machine(runs: Sequence[ComparedRun]) -> list[Machine]:
-    """Group timed runs by machine and compare the latencies on each."""
-    timed = [(run.ships.p50, run) for run in runs if run.ships and run.ships.p50]
-    machines = []
-    for name in dict.fromkeys(run.machine for _, run in timed):
-        members = [pair for pair in timed if pair[1].machine == name]
-        members.sort(key=lambda pair: (pair[0], pair[1].name))
-        least, fastest = members[0]
-        files = measured_files([run for _, run in members])
-        points = [(file.p50 or 0.0, file.score.percent if file.score else 0.0) for _, file in files]
-        machines.append(
-            Machine(
-                machine=name or "an unknown machine",
-                runs=[run.name for _, run in members],
-                latencies=[
-                    LatencyDifference(
-                        run=run.name,
-                        fastest=fastest.name,
-                        ratio=p50 / least,
-                        verdict=_compare_latency(run, fastest),
-                    )
-                    for p50, run in members[1:]
-                ],
-                frontier=[files[i][0] for i in frontier(points)],
-            )
-        )
-    return machines
-
-
-def _compare_latency(run: ComparedRun, fastest: ComparedRun) -> Literal["no difference", "slower", "unknown"]:
-    file, reference = run.ships, fastest.ships
-    if not file or not reference or file.p50_low is None or reference.p50_high is None:
-        return "unknown"
-    return "slower" if file.p50_low > reference.p50_high else "no difference"

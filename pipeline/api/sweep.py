@@ -189,7 +189,7 @@ def sweep(
     kept = [*runs]
     if keep is not None:
         kept, search.trials = halve(kept, keep, try_out)
-    _record(out / SEARCH, search)
+    record(out / SEARCH, search)
     for name in kept:
         run(name, runs[name])
     return compare([out / name for name in kept], out=out / "comparison", search=search)
@@ -293,7 +293,7 @@ def _measure(
                 progress=lambda fraction, step: progress.update("timing", fraction, 1.0, more=step),
             )
         stored |= {m.candidate: m.model_copy(update={"setup": setups[m.candidate]}) for m in measured}
-        _record(file, Search(latencies=[*stored.values()]))
+        record(file, Search(latencies=[*stored.values()]))
     return stored
 
 
@@ -304,13 +304,15 @@ def _read_record(file: Path) -> Search:
         return Search()
 
 
-def _record(file: Path, search: Search) -> None:
-    """Write how a sweep chose, with the latencies that earlier commands measured."""
-    stored = {measured.candidate: measured for measured in (*_read_record(file).latencies, *search.latencies)}
+def record(file: Path, search: Search) -> None:
+    """Write how a sweep chose, with the latencies and trials of earlier commands."""
+    before = _read_record(file)
+    latencies = {measured.candidate: measured for measured in (*before.latencies, *search.latencies)}
+    again = {(trial.run, trial.epochs) for trial in search.trials}
+    trials = [trial for trial in before.trials if (trial.run, trial.epochs) not in again] + search.trials
+    merged = search.model_copy(update={"latencies": [*latencies.values()], "trials": trials})
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(
-        file, search.model_copy(update={"latencies": [*stored.values()]}).model_dump_json(indent=2) + "\n"
-    )
+    write_text(file, merged.model_dump_json(indent=2) + "\n")
 
 
 def _select_options(options: Mapping[str, Any], method: str | None) -> dict[str, Any]:

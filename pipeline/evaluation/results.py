@@ -141,6 +141,8 @@ class ComparedRun(Result):
     int8: ComparedFile | None = None
     fp32: ComparedFile | None = None
     teacher_file: ComparedFile | None = None
+    val_score: Score | None = None
+    """Of the trained student in PyTorch, without its classes."""
     training_seconds: float | None = None
     """Time of the prepare and student stages."""
     seed: int | None = None
@@ -243,6 +245,12 @@ class Winner(Result):
     """Faster: not significantly less accurate than the most accurate one."""
     difference: AccuracyDifference | None = None
     """To the most accurate run within the budget, unless it is this one."""
+    split: Literal["val", "test"] = "val"
+    """The images by which it was chosen: those of test if the runs have too few val images."""
+    n: int
+    """Number of these images."""
+    timed: Kind
+    """The file whose latency counted: fp32 if the int8 file is made for another processor."""
 
 
 class Search(Result):
@@ -255,7 +263,7 @@ class Search(Result):
     over: list[str] = []
     """Candidates over the budget, which were not trained."""
     trials: list[Trial] = []
-    """Those of the last command, in the order in which they were compared."""
+    """In the order in which they were compared; in ``search.json`` after those of earlier commands."""
     winner: Winner | None = None
     """None if no shipped file was measured within the budget."""
 

@@ -112,11 +112,18 @@ def describe_search(comparison: Comparison, search: Search) -> list[str]:
         file = comparison.run(winner.run).ships
         assert file is not None and file.score is not None
         latency = "" if file.p50 is None else f", {format.milliseconds(file.p50)}"
-        why = f"the most accurate{budget}"
+        images = format.plural(winner.n, f"{winner.split} image")
+        why = f"the most accurate{budget} on {images}"
         if winner.difference is not None:
-            difference = describe_difference(winner.difference, file.score.n)
-            why = f"faster and not significantly worse than {winner.difference.best} ({difference})"
-        sentences.append(f"Ships: {winner.run}, {format.score(file.score)}, {file.kind}{latency}; {why}.")
+            difference = describe_difference(winner.difference, winner.n)
+            why = f"faster and on {images} not worse than {winner.difference.best} ({difference})"
+        score = f"{format.score(file.score)} on test images"
+        sentences.append(f"Ships: {winner.run}, {score}, {file.kind}{latency}; {why}.")
+        if winner.timed != file.kind:
+            sentences.append(
+                f"The {file.kind} file is for another processor and was not timed here: latencies are those "
+                f"of the {winner.timed} files on this machine."
+            )
     if search.over:
         latencies = {measured.candidate: measured.best for measured in search.latencies}
         names = ", ".join(f"{name} ({format.milliseconds(latencies[name])})" for name in search.over)

@@ -38,6 +38,9 @@ DTYPES: dict[int, np.dtype] = {
 }
 
 PREDICTIONS_FILE = "test_predictions.safetensors"
+"""Of the exported files."""
+VAL_PREDICTIONS_FILE = "val_predictions.safetensors"
+"""Of the trained student, in PyTorch."""
 TRAIN_IMAGES_FILE = "train_images.safetensors"
 
 

@@ -23,6 +23,7 @@ from ..data.views import FIXED_SEED, ViewSchedule
 from ..evaluation.predictions import batches
 from ..methods.base import Features, PrepareContext
 from ..report import format
+from ..runs.artifacts import VAL_PREDICTIONS_FILE, write_predictions
 from ..runs.device import choose_engine, inference_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
@@ -114,6 +115,10 @@ def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) 
     val = compute_split_logits(context, data, spec, shipped, "val")
     if val is not None:
         subject = subject.model_copy(update={"val_score": context.task.score(*val)})
+        if is_main and round_.ships and data.dataset.task == "classification":
+            keys = data.rendered("val", spec)[2].keys.numpy()
+            write_predictions(run / VAL_PREDICTIONS_FILE, keys, val[1], {"student": val[0]})
+            outputs.append(VAL_PREDICTIONS_FILE)
     facts: dict[str, Any] = {
         "student": subject.model_dump(exclude_none=True),
         "balance": [weight.model_dump() for weight in balanced],

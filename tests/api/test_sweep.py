@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from questpress.pipeline.api import run
-from questpress.pipeline.api.compare import choose_winner
-from questpress.pipeline.api.sweep import halve
-from questpress.pipeline.evaluation.results import ComparedRun, Search, Trial
+from questpress.pipeline import api
+from questpress.pipeline.api.ranking import choose_winner
+from questpress.pipeline.api.sweep import halve, record
+from questpress.pipeline.evaluation.results import ComparedFile, ComparedRun, Search, Trial, UntrainedLatency
+from questpress.pipeline.report.comparison_page import describe_search
+from questpress.pipeline.runs.artifacts import Predictions
 
 from tests.support import comparisons, little, reports
 from tests.support.little import compress, files, refused
@@ -48,43 +51,35 @@ def test_comparison_contains_the_students_only(two_sizes: Path) -> None:
     assert again.exit_code == 0 and "not finished" not in again.stdout
 
 
-def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path) -> None:
-    before = files(two_sizes)
-    more = ("--students", f"cifar_resnet20,{little.STUDENT}", "--student-sizes", "12,8")
-    little.check_success(sweep(data, two_sizes, two_sizes.parent / "cache", *more))
-    after = files(two_sizes)
-    kept = [name for name in before if name.endswith((".onnx", ".safetensors"))]
-    assert kept and all(before[name] == after[name] for name in kept)
-    assert (two_sizes / "cifar_resnet20-8" / "report.json").is_file()
-
-
 def test_each_method_is_a_run_of_the_same_teacher(
-    two_sizes: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = []
-    original = run.compress
+    runs: dict[str, Any] = {}
     monkeypatch.setattr(
         "questpress.pipeline.api.sweep.compress",
-        lambda **options: stages.append(options["out"].name) or original(**options),
+        lambda **options: runs.update({options["out"].name: options}),
     )
-    out, cache = two_sizes, two_sizes.parent / "cache"
-    config = tmp_path / "sweep.yaml"
-    config.write_text("{cache_views: 1, set: {kd.tau: 3}}")
-    methods = ("--methods", "kd, quest+kd", "--config", config, "--set", "quest.words=8")
-    arguments = [
-        "sweep", *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--out", out, "--cache",
-        cache, "--student-sizes", "8", *methods,
-    ]  # fmt: skip
-    result = little.check_success(compress(*arguments))
+    monkeypatch.setattr("questpress.pipeline.api.sweep.compare", lambda paths, **_: paths)
+    out = tmp_path / "sweep"
+    compared = api.sweep.sweep(
+        teacher=little.TEACHER,
+        student=little.STUDENT,
+        data=str(data),
+        image_size=16,
+        out=str(out),
+        student_sizes=[8],
+        methods=["kd", "quest+kd"],
+        settings=["quest.words=8", "kd.tau=3"],
+    )
     names = [f"{little.STUDENT}-8-{method}" for method in ("kd", "quest+kd")]
-    assert stages == ["teacher", *names] and all(name in result.stdout for name in names)
-    reports = [little.report(out / name) for name in names]
-    assert [report["method"] for report in reports] == ["kd", "quest+kd"]
-    teacher = little.report(out / "teacher")["teacher"]["score"]
-    assert all(report["teacher"]["score"] == teacher for report in reports)
-    assert reports[0]["config"]["settings"]["kd.tau"] == 3
-    assert "quest.words" not in reports[0]["config"]["settings"]
-    assert reports[1]["config"]["settings"]["quest.words"] == 8
+    assert [*runs] == ["teacher", *names] and compared == [out / name for name in names]
+    assert runs["teacher"]["until"] == "teacher" and "settings" not in runs["teacher"]
+    kd, both = (runs[name] for name in names)
+    assert (kd["method"], both["method"]) == ("kd", "quest+kd")
+    assert kd["settings"] == {"kd.tau": "3"} and both["settings"] == {"kd.tau": "3", "quest.words": "8"}
+    for options in (kd, both):
+        assert options["teacher_weights"] == [str(out / "teacher" / "teacher.safetensors")]
+        assert options["teacher_head"] == ["keep"] and options["student_size"] == 8
 
 
 @pytest.mark.parametrize(
@@ -133,9 +128,12 @@ def test_search_drops_slow_and_inaccurate_students(
         raise AssertionError("measured again")
 
     monkeypatch.setattr("questpress.pipeline.api.sweep.measure_untrained", refuse)
+    before = files(out)
     middle = f"{(max(small) * min(large)) ** 0.5}ms"
     search = ("--max-latency", middle, "--keep", "1")
     result = little.check_success(sweep(data, out, cache, *more, *search))
+    after, finished = files(out), [name for name in before if name.endswith((".onnx", ".safetensors"))]
+    assert finished and all(before[name] == after[name] for name in finished), "only what is missing runs"
     assert not (out / f"{big}-8").exists() and not (out / "trials" / "1-epochs" / f"{big}-8").exists()
     comparison = json.loads((out / "comparison" / "comparison.json").read_text())
     found = comparison["search"]
@@ -153,11 +151,6 @@ def test_search_drops_slow_and_inaccurate_students(
     page = (out / "comparison" / "comparison.md").read_text()
     for text in (f"Ships: {kept[0]}", "Over the budget", "Dropped after a short training"):
         assert text in result.stdout and text in page
-    before = files(out / "trials")
-    little.check_success(sweep(data, out, cache, *more, *search))
-    after = files(out / "trials")
-    weights = [name for name in before if name.endswith(".safetensors")]
-    assert weights and all(before[name] == after[name] for name in weights)
 
 
 def test_halving_keeps_the_better_half_of_each_round() -> None:
@@ -176,6 +169,20 @@ def test_halving_keeps_the_better_half_of_each_round() -> None:
     assert [trial.run for trial in trials if not trial.kept] == ["c", "f", "a", "e"]
 
 
+def candidate(name: str, correct: int, p50: float | None, val: int | None = None) -> ComparedRun:
+    base = comparisons.comparison().runs[0]
+    assert base.int8 is not None and base.fp32 is not None
+
+    def file(of: ComparedFile, p50: float | None) -> ComparedFile:
+        measured = {"score": reports.accuracy(correct, 372), "p50": p50, "p50_low": p50, "p50_high": p50}
+        return of.model_copy(update=measured)
+
+    fp32 = file(base.fp32, 2 * p50 if p50 else ord(name))
+    val_score = None if val is None else reports.accuracy(val, 400)
+    update = {"name": name, "int8": file(base.int8, p50), "fp32": fp32, "val_score": val_score}
+    return base.model_copy(update=update)
+
+
 @pytest.mark.parametrize(
     ("budget", "winner", "reason"),
     [(None, "b", "faster"), (5.0, "b", "faster"), (1.5, "c", "most accurate"), (0.5, None, None)],
@@ -183,16 +190,60 @@ def test_halving_keeps_the_better_half_of_each_round() -> None:
 def test_faster_student_ships_unless_it_is_worse(
     budget: float | None, winner: str | None, reason: str | None
 ) -> None:
-    base = comparisons.comparison().runs[0]
-
-    def run(name: str, correct: int, p50: float) -> ComparedRun:
-        measured = {"score": reports.accuracy(correct, 372), "p50": p50, "p50_low": p50, "p50_high": p50}
-        assert base.int8 is not None
-        return base.model_copy(update={"name": name, "int8": base.int8.model_copy(update=measured)})
-
-    runs = [run("a", 350, 4.0), run("b", 349, 2.0), run("c", 250, 1.0)]
-    chosen = choose_winner(Search(max_latency=budget), runs, {}).winner
+    runs = [candidate("a", 350, 4.0), candidate("b", 349, 2.0), candidate("c", 250, 1.0)]
+    chosen = choose_winner(Search(max_latency=budget), runs, {}, {}).winner
     assert (chosen and chosen.run, chosen and chosen.reason) == (winner, reason)
+    assert chosen is None or (chosen.split, chosen.n, chosen.timed) == ("test", 372, "int8")
+
+
+def right(correct: int) -> Predictions:
+    """The first of 400 val images are classified correctly."""
+    keys, labels = np.arange(400), np.zeros(400, dtype=np.int32)
+    return Predictions(keys, labels, {"student": (keys >= correct).astype(np.int32)})
+
+
+def test_student_is_chosen_by_val_images_with_each_test_at_5_percent() -> None:
+    # On test images, c is the most accurate. On val images a is, and b is not worse. c is, with p = 2 / 2⁶,
+    # which Holm's correction for two runs would raise above 0.05.
+    runs = [candidate("a", 300, 4.0, 360), candidate("b", 301, 2.0, 357), candidate("c", 350, 1.0, 354)]
+    val = {"a": right(360), "b": right(357), "c": right(354)}
+    chosen = choose_winner(Search(), runs, {}, val).winner
+    assert chosen is not None and (chosen.run, chosen.reason) == ("b", "faster")
+    assert (chosen.split, chosen.n) == ("val", 400)
+    assert chosen.difference is not None and chosen.difference.paired
+    assert chosen.difference.p == pytest.approx(0.25) and chosen.difference.points == pytest.approx(-0.75)
+    few = [run.model_copy(update={"val_score": reports.accuracy(90, 100)}) for run in runs]
+    chosen = choose_winner(Search(), few, {}, val).winner
+    assert chosen is not None and (chosen.run, chosen.split) == ("c", "test")
+
+
+def test_student_for_another_processor_is_chosen_by_its_fp32_file() -> None:
+    runs = [candidate("b", 340, None), candidate("a", 341, None)]
+    compared = comparisons.comparison().model_copy(update={"runs": runs})
+    for budget in (None, 5.0):
+        search = choose_winner(Search(max_latency=budget), runs, {}, {})
+        assert search.winner is not None
+        assert (search.winner.run, search.winner.timed) == ("a", "fp32"), "it is also the faster one"
+        text = " ".join(describe_search(compared, search))
+        assert "Ships: a, 91.7 %" in text and "The int8 file is for another processor" in text
+
+
+def test_record_keeps_what_earlier_commands_measured(tmp_path: Path) -> None:
+    def trial(name: str, epochs: int, percent: int) -> Trial:
+        return Trial(run=name, epochs=epochs, val_score=reports.accuracy(percent, 100), kept=True)
+
+    def latency(name: str, fp32: float) -> UntrainedLatency:
+        return UntrainedLatency(candidate=name, fp32=fp32, int8=1.0)
+
+    file = tmp_path / "search.json"
+    record(file, Search(latencies=[latency("a", 2.0)], trials=[trial("a", 1, 50), trial("b", 1, 60)]))
+    record(file, Search(latencies=[latency("b", 3.0), latency("a", 4.0)]))
+    record(file, Search(max_latency=5.0, trials=[trial("b", 1, 70), trial("b", 2, 80)]))
+    found = Search.model_validate_json(file.read_text())
+    assert found.max_latency == 5.0 and [m.fp32 for m in found.latencies] == [4.0, 3.0]
+    assert [(t.run, t.epochs, t.val_score.percent) for t in found.trials] == [
+        ("a", 1, 50), ("b", 1, 70), ("b", 2, 80),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
