@@ -17,7 +17,7 @@ TUNING_STEPS, MAX_TUNING_EPOCHS = 300, 40
 DETECTOR_STEPS = 1_000
 """Least steps of detectors, whose heads are new, within as many epochs."""
 
-DIGITS: Mapping[str, Any] = {"teacher_epochs": 6, "epochs": 15, "batch_size": 64, "flip": False}
+DIGITS: Mapping[str, Any] = {"teacher_epochs": 4, "epochs": 15, "batch_size": 64, "flip": False}
 """Options of the built-in digits, with which a first run takes a few minutes on two cores."""
 
 DIGITS_SIZES = 40, 64
@@ -64,7 +64,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "--teacher-epochs",
-        "10; 60 from 2,000, 100 from 100,000 images; 6 for digits; detectors 40, 24 from 100,000",
+        "10; 60 from 2,000, 100 from 100,000 images; 4 for digits; detectors 40, 24 from 100,000",
         "10; 5 from 100,000 images; up to 40 for 300 steps; detectors as --epochs",
     ),
     Row(
