@@ -66,6 +66,7 @@ METHODS = {
         f"quest+{other} balanced": ["--method", f"quest+{other}", *QUEST[2:], *OF_SUMS[other]]
         for other in OF_SUMS
     },
+    "quest ×30 + sdd": ["--method", "quest+sdd", *QUEST[2:], *SDD, "--weight", "quest=30"],
     # Strong views, which teacher and student share.
     **{f"{name} with strong views": [*options, *STRONG] for name, options in OF_STRONG_VIEWS.items()},
     # What the number of words changes.
