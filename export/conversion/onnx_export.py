@@ -207,8 +207,8 @@ def _trace(network: nn.Module, image_size: runtime.Size, opset: int, output: str
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
         network_copy = merge_branches(part).requires_grad_(False).to(memory_format=torch.contiguous_format)
         for module in network_copy.modules():
-            if getattr(module, "inplace", False):  # its decomposition takes half of the exporter's time
-                module.inplace = False
+            if "inplace" in vars(module):  # its decomposition takes half of the exporter's time
+                vars(module)["inplace"] = False
         # A batch of 1 would be exported as a constant.
         size = runtime.height_width(image_size)
         example = torch.zeros(2, 3, *size, device="cpu", dtype=torch.float32)

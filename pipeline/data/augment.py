@@ -143,7 +143,8 @@ def draw_mixes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Te
     center = torch.stack(random_words(seed, keys, views, _MIX_AT)[:2], 1).double() * 2.0**-32
     limit = (1 << 31 if policy.mixup else 1 << 32) if policy.cutmix else 0
     is_cut, step = (choice < limit)[:, None], below(word, BETA_STEPS)[:, None]
-    ratio = torch.where(is_cut, *(beta_table(a or 1.0)[step] for a in (policy.cutmix, policy.mixup)))
+    of_cutmix, of_mixup = (beta_table(a or 1.0)[step] for a in (policy.cutmix, policy.mixup))
+    ratio = torch.where(is_cut, of_cutmix, of_mixup)
     half = (1 - ratio).sqrt() / 2
     edges = torch.cat([center - half, center + half], 1).clamp(0, 1)
     return torch.cat([torch.where(is_cut, 1.0, ratio), torch.where(is_cut, edges, 0.0)], 1).float()

@@ -97,9 +97,9 @@ class StreamedViews(LabeledViews):
                 labels.append(drawn.labels)
                 batch = [images.images[index] for index in drawn.indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
-                tensors = drawn.box, drawn.flips, drawn.changes, drawn.mixes
-                arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
-                yield partial(_crop, batch, self.canonical, self.policy, *arrays, sizes)
+                box, flips = drawn.box.numpy(), drawn.flips.numpy()
+                changes, mixes = (None if t is None else t.numpy() for t in (drawn.changes, drawn.mixes))
+                yield partial(_crop, batch, self.canonical, self.policy, box, flips, changes, mixes, sizes)
 
         for packed in self.workers.map(tasks()):
             views, *more = _unpack(to_device(packed, device), sizes)
@@ -140,10 +140,7 @@ def _crop(
     mixes: np.ndarray | None,
     sizes: tuple[Size, ...],
 ) -> Tensor:
-    """Return views uint8 [B, ΣH·W, 3], packed for all sizes, from one decoding of each image.
-
-    ``box``, ``flips``, ``changes`` and ``mixes`` are those of ``render.Drawn``.
-    """
+    """Return views of ``render.Drawn``, uint8 [B, ΣH·W, 3], packed for all sizes; decode each image once."""
     boxes, mirrored, first = torch.from_numpy(box), torch.from_numpy(flips), torch.zeros(1).long()
     packed = torch.empty(len(images), sum(_areas(sizes)), 3, dtype=torch.uint8)
     unpacked = _unpack(packed, sizes)
