@@ -32,6 +32,6 @@ def test_method_fits_networks_and_weights(changed: dict[str, object], method: st
 @pytest.mark.parametrize(("teacher", "size"), [("cifar_resnet20", 40), ("vit_tiny_patch16_224", 64)])
 def test_digits_are_small_and_learned_from_scratch(teacher: str, size: int) -> None:
     chosen, _ = resolve(Options(teacher=[teacher], student="mobilenetv2_050", dry_run=True))
-    assert (chosen.image_size, chosen.epochs, chosen.teacher_epochs) == (size, 18, 6)
+    assert (chosen.image_size, chosen.epochs, chosen.teacher_epochs) == (size, 15, 4)
     assert (chosen.teacher_weights, chosen.student_weights) == (["none"], "none")
-    assert (chosen.method, chosen.crop, chosen.flip, chosen.cache_views) == ("quest", "pad", False, 9)
+    assert (chosen.method, chosen.crop, chosen.flip, chosen.cache_views) == ("quest", "pad", False, 5)
