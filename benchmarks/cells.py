@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from questpress.pipeline.config.options import parse_time
 from questpress.pipeline.runs.files import write_json
+from questpress.pipeline.runs.scores import Proportion
 
 GRACE_SECONDS = 60
 """How long an interrupted command may take to stop."""
@@ -79,13 +80,14 @@ class Table:
             },
         )
 
+    def results(self, row: str, method: str) -> list[dict[str, Any]]:
+        """Return the result of each seed that is done."""
+        cells = [cell for cell in self.cells if (cell.row, cell.method) == (row, method)]
+        return [self.done[cell.name] for cell in cells if cell.name in self.done]
+
     def accuracies(self, row: str, method: str) -> list[float]:
-        """Top-1 in percent of each seed that is done."""
-        return [
-            self.done[c.name]["top1"]
-            for c in self.cells
-            if (c.row, c.method) == (row, method) and c.name in self.done
-        ]
+        """Return top-1 in percent of each seed that is done."""
+        return [result["top1"] for result in self.results(row, method)]
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
         """What a cell gave, or None where it is not done.
@@ -235,6 +237,12 @@ def spoken(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def interval(values: Sequence[float], n: int) -> str:
+    """Return the 95 % interval that ``n`` test images leave around the mean of the seeds, in percent."""
+    around = Proportion.from_counts(round(n * statistics.mean(values) / 100), n)
+    return f"{around.low:.1f} to {around.high:.1f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

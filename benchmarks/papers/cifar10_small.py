@@ -15,9 +15,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from questpress.pipeline.runs.scores import Proportion
-
-from benchmarks.cells import Cell, Table, markdown, run_and_write, spoken
+from benchmarks.cells import Cell, Table, interval, markdown, run_and_write, spoken
 
 QUEST = ["--method", "quest", "--set", "quest.words=1024"]
 
@@ -33,17 +31,6 @@ WEIGHTS = {"resnet56": "cifar_resnet56_a", "resnet44": "cifar_resnet44_a", "resn
 SDD = ["--set", "sdd.beta=2", "--set", "sdd.finest=2"]
 
 BALANCED = ["--balance", "auto"]
-
-STRONG = ["--randaugment", "2,9"]
-
-OF_SUMS = {"kd": BALANCED, "wttm": BALANCED, "itrd": BALANCED, "sdd": [*SDD, *BALANCED]}
-
-OF_STRONG_VIEWS = {
-    "none": ["--method", "none"],
-    "kd": ["--method", "kd"],
-    "sdd": ["--method", "sdd", *SDD],
-    "quest balanced": [*QUEST, *BALANCED],
-}
 
 METHODS = {
     "none": ["--method", "none"],
@@ -61,14 +48,12 @@ METHODS = {
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
     "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", *BALANCED],
-    # Balanced sums with other methods.
+    # Sums with other methods.
     **{
-        f"quest+{other} balanced": ["--method", f"quest+{other}", *QUEST[2:], *OF_SUMS[other]]
-        for other in OF_SUMS
+        f"quest+{other} balanced": ["--method", f"quest+{other}", *QUEST[2:], *more, *BALANCED]
+        for other, more in {"kd": [], "wttm": [], "itrd": [], "sdd": SDD}.items()
     },
     "quest ×30 + sdd": ["--method", "quest+sdd", *QUEST[2:], *SDD, "--weight", "quest=30"],
-    # Strong views, which teacher and student share.
-    **{f"{name} with strong views": [*options, *STRONG] for name, options in OF_STRONG_VIEWS.items()},
     # What the number of words changes.
     **{
         f"quest {k} words (12 epochs)": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
@@ -83,6 +68,11 @@ METHODS = {
     "feed from 3": [*FEED],
     "feed in 2 rounds": [*FEED, "--rounds", "2"],
     "kd from 3": ["--method", "kd", "--cache-views", "10"],
+}
+
+METHODS |= {
+    f"{name} with strong views": [*METHODS[name], "--randaugment", "2,9"]
+    for name in ("none", "kd", "sdd", "quest balanced")
 }
 
 TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}
@@ -105,14 +95,11 @@ def rows(table: Table, methods: list[str]) -> list[list[str]]:
         if not values:
             made.append([name, *["–"] * 4, "0"])
             continue
-        cells = [cell.name for cell in table.cells if cell.method == name]
-        done = [table.done[cell] for cell in cells if cell in table.done]
-        mean, n = statistics.mean(values), done[0]["n"]
-        around = Proportion.from_counts(round(n * mean / 100), n)
-        gain = f"{mean - statistics.mean(base):+.2f}" if base else "–"
+        done = table.results(PAIR, name)
+        gain = f"{statistics.mean(values) - statistics.mean(base):+.2f}" if base else "–"
         rate = statistics.median([one["images_per_second"] for one in done])
-        interval = f"{around.low:.1f} to {around.high:.1f}"
-        made.append([name, spoken(values), interval, gain, f"{rate:.0f}", str(len(values))])
+        around = interval(values, done[0]["n"])
+        made.append([name, spoken(values), around, gain, f"{rate:.0f}", str(len(values))])
     return made
 
 

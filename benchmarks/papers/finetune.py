@@ -15,9 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from questpress.pipeline.runs.scores import Proportion
-
-from benchmarks.cells import Cell, Table, markdown, run_and_write, spoken
+from benchmarks.cells import Cell, Table, interval, markdown, run_and_write, spoken
 
 RATES = (0.0003, 0.001, 0.003)
 """Learning rates of timm-style fine-tuning at the default batch size."""
@@ -71,24 +69,20 @@ def rows(table: Table) -> list[list[str]]:
     """Return a row for each set, network and method: top-1 of the seeds, its 95 % interval, int8, seconds."""
     made: list[list[str]] = []
     for row, name in dict.fromkeys((cell.row, cell.method) for cell in table.cells):
-        names = [cell.name for cell in table.cells if (cell.row, cell.method) == (row, name)]
-        done = [table.done[cell] for cell in names if cell in table.done]
+        done = table.results(row, name)
         if not done:
             continue
         values = [result["top1"] for result in done]
-        n = done[0]["n"]
-        around = Proportion.from_counts(round(n * statistics.mean(values) / 100), n)
         int8: Sequence[float] = [result["int8"]["percent"] for result in done if result["int8"]]
         seconds = statistics.mean(sum(result["stage_seconds"].values()) for result in done)
         set_name, _, network = row.partition(":")
-        interval = f"{around.low:.1f} to {around.high:.1f}"
         made.append(
             [
                 set_name,
                 network,
                 name,
                 spoken(values),
-                interval,
+                interval(values, done[0]["n"]),
                 spoken(int8),
                 f"{seconds:.0f}",
                 str(len(done)),

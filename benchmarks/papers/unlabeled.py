@@ -14,14 +14,11 @@ import shutil
 import statistics
 from pathlib import Path
 
-from questpress.pipeline.runs.scores import Proportion
-
-from benchmarks.cells import Cell, Table, markdown, run_and_write, spoken
+from benchmarks.cells import Cell, Table, interval, markdown, run_and_write, spoken
 from benchmarks.papers.finetune import pair
 
 LABELED = 0.1
 TRAINING = ["--val-fraction", "0", "--epochs", "60"]
-NEW_VIEWS = ["--cache-views", "0"]
 UNLABELED = "with unlabeled"
 
 
@@ -69,7 +66,7 @@ def build_cells(options: argparse.Namespace) -> list[Cell]:
             arguments = [*common, "--student", student, "--student-weights", file]
             cells.append(Cell(student, "none", seed, [*arguments, "--method", "none"]))
             for method in options.methods.split(","):
-                by = [*arguments, "--method", method, *NEW_VIEWS]
+                by = [*arguments, "--method", method, "--cache-views", "0"]
                 cells.append(Cell(student, method, seed, by))
                 cells.append(Cell(student, f"{method} {UNLABELED}", seed, [*by, *more]))
     return cells
@@ -79,17 +76,14 @@ def rows(table: Table) -> list[list[str]]:
     """Return a row for each network and method; the gain is that by the images without labels."""
     made = []
     for network, method in dict.fromkeys((cell.row, cell.method) for cell in table.cells):
-        names = [cell.name for cell in table.cells if (cell.row, cell.method) == (network, method)]
-        done = [table.done[name] for name in names if name in table.done]
-        if not done:
+        values = table.accuracies(network, method)
+        if not values:
             continue
-        values = [result["top1"] for result in done]
-        mean, n = statistics.mean(values), done[0]["n"]
-        around = Proportion.from_counts(round(n * mean / 100), n)
         alone = table.accuracies(network, method.removesuffix(f" {UNLABELED}"))
-        gain = f"{mean - statistics.mean(alone):+.2f}" if UNLABELED in method and alone else ""
-        interval = f"{around.low:.1f} to {around.high:.1f}"
-        made.append([network, method, spoken(values), interval, gain, str(len(done))])
+        has_gain = method.endswith(UNLABELED) and alone
+        gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if has_gain else ""
+        around = interval(values, table.results(network, method)[0]["n"])
+        made.append([network, method, spoken(values), around, gain, str(len(values))])
     return made
 
 

@@ -164,7 +164,7 @@ def keep_freed_memory() -> None:
 
 
 def limit_spinning() -> None:
-    """Let a thread of torch that waits for others sleep after a fraction of a millisecond instead of 20.
+    """Let a thread of torch that waits for others sleep after a seventy-fifth of the default time.
 
     A thread that spins uses up its time on a core that another program needs too, and the others wait until
     it gets the core back (benchmarks/training/neighbor.py). Other values set by the user are kept. GNU's

@@ -341,7 +341,7 @@ class TrainingState:
         self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
         self.task.averages.load_state_dict(state["averages"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty unless it was saved in fp16
+        if state.get("scaler"):  # only of fp16
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
         for sums in self.running_sums():
