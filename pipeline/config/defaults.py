@@ -92,7 +92,7 @@ TABLE: tuple[Row, ...] = (
     Row("--image-size", "the student's; 40 for digits"),
     Row(
         "--cache-views",
-        "30 (digits: 9), at most --epochs; 0 if the outputs would take more than 4 GiB, or with a recipe",
+        f"{CACHE_VIEWS} (digits: {DIGITS_VIEWS}), at most --epochs; 0 if the outputs would take more than 4 GiB, or with a recipe",
     ),
     Row("--seed", "0"),
 )

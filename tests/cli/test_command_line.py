@@ -21,22 +21,17 @@ HEAVY = "{'torch', 'timm', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'fai
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["predict", "--help"], ["models", "-h"]]
 )
-def test_help_is_fast_and_imports_nothing_heavy(arguments):
+def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from questpress.pipeline.cli.main import cli\n"
         "try: cli(sys.argv[1:], prog_name='compress')\n"
         "except SystemExit as end: assert not end.code\n"
-        f"print('heavy:', sorted({HEAVY} & set(sys.modules)))\n"
-        "print('seconds:', time.process_time())"
+        f"print('heavy:', sorted({HEAVY} & set(sys.modules)))"
     )
-    spent = []
-    for _ in range(3):  # the fastest of three: the machine may be busy, and the first run compiles
-        result = python(code, *arguments)
-        assert result.returncode == 0, result.stderr
-        assert "heavy: []" in result.stdout, result.stdout[-200:]
-        spent.append(float(result.stdout.rsplit(":", 1)[1]))
-    assert min(spent) < 0.5
+    result = python(code, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "heavy: []" in result.stdout, result.stdout[-200:]
 
 
 def test_help_lists_every_option_under_its_heading():
