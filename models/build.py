@@ -6,6 +6,7 @@ Names are timm's own and short aliases. This module imports neither torch nor ti
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError, Size, UnknownModel, shorten, show_size
@@ -403,6 +404,7 @@ def fits_bf16(name: str, image_size: Size) -> bool:
     return not _run_shapes(resolve(name), image_size)
 
 
+@lru_cache(maxsize=64)
 def _run_shapes(full: str, image_size: Size) -> bool:
     """Run a network on meta; return True if a strided convolution reads one row or column."""
     import torch

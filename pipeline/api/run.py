@@ -224,7 +224,7 @@ def _run_stages(
                 continue
             _run_stage(context.for_stage(stage, key), data)
             if ranks.is_main:
-                write(folder)
+                context.write_report()
     return write(folder) if ranks.is_main else assemble(folder)
 
 

@@ -92,7 +92,8 @@ TABLE: tuple[Row, ...] = (
     Row("--image-size", "the student's; 40 for digits"),
     Row(
         "--cache-views",
-        f"{CACHE_VIEWS} (digits: {DIGITS_VIEWS}), at most --epochs; 0 if the outputs would take more than 4 GiB, or with a recipe",
+        f"{CACHE_VIEWS} (digits: {DIGITS_VIEWS}), at most --epochs; 0 if the outputs would take more than "
+        "4 GiB, or with a recipe",
     ),
     Row("--seed", "0"),
 )

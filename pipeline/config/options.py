@@ -341,8 +341,10 @@ class Options(BaseModel):
     calibration_images: int = export_option(
         "training images used to calibrate int8", 512, enters="quantize", ge=1
     )
-    calibration: Literal["auto", "minmax", "moving-average", "entropy", "percentile"] = export_option(
-        "method to choose activation ranges; auto: try all and use the best", "auto", enters="quantize"
+    calibration: Literal["auto", "minmax", "percentile", "moving-average", "entropy"] = export_option(
+        "method to choose activation ranges; auto: try them until one loses nothing, and use the best",
+        "auto",
+        enters="quantize",
     )
     target: Targets = export_option(
         "processors of the int8 files: x86 (safe on all), x86-vnni, arm64; repeat for one file each [default: this machine's]",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -90,6 +91,15 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         file_lock.release()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Replace ``target`` by a hard link to ``source``, or by a copy on another disk."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def check_unlocked(folder: Path) -> None:

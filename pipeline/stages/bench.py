@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,23 @@ import torch
 
 from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, build_metadata, decode_image, normalize
+from ...models.checkpoint import tensors_digest
 from ..config.network import NetworkSpec
 from ..data.training_data import TrainingData
 from ..evaluation import latency
 from ..report.assemble import LATER_BENCH, bench_facts
-from ..runs.files import atomic_write
+from ..runs.files import atomic_write, link_or_copy
 from ..runs.folder import StageResult
-from ..runs.hashes import sha256
+from ..runs.hashes import digest, sha256
 from ..runs.results import Bench, Int8Search, TimedFile
 from ..training.context import RunContext
 from ..training.weights import load_network
-from .export import STUDENT_ONNX, origin
+from .export import STUDENT_ONNX
 
 FOLDER = Path("bench")
 SAMPLES = FOLDER / "latency.npz"
+
+EXPORTED = "exported-teachers"
 
 MAX_THREADS = 4
 
@@ -49,7 +53,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     teachers: list[dict[str, Any]] = []
     for t, spec in enumerate(context.teachers):
         file = FOLDER / (f"teacher.{t}.onnx" if several else "teacher.onnx")
-        size = _export_teacher(context, data, previous, spec, folder / file)
+        size = _export_teacher(context, data, spec, folder / file)
         teachers.append({"bytes": size, "file": file.as_posix()})
         name = f"teacher {t}" if several else "teacher"
         subjects.append(_subject(data, folder, name, file, spec))
@@ -116,23 +120,35 @@ def _int8_file(context: RunContext, previous: Mapping[str, Any]) -> dict[str, Pa
     return {} if first.file is None or first.not_timed is not None else {"student_int8": Path(first.file)}
 
 
-def _export_teacher(
-    context: RunContext, data: TrainingData, previous: Mapping[str, Any], spec: NetworkSpec, path: Path
-) -> int:
-    """Export a teacher, for the bench only; return its size in bytes with external weights."""
-    network = load_network(context.folder.path, spec)
-    path.parent.mkdir(exist_ok=True)
-    classes = data.classes if spec.classes else ()
-    exported = export_onnx(
-        network,
-        path,
-        spec.image_size,
-        metadata=build_metadata(spec.preprocessing, classes, origin(context, previous)),
-        output=OUTPUT if spec.classes else "features",
+def _export_teacher(context: RunContext, data: TrainingData, spec: NetworkSpec, path: Path) -> int:
+    """Export a teacher, for the bench only; return its size in bytes with external weights.
+
+    The cache keeps the file for other students of this teacher.
+    """
+    metadata = build_metadata(spec.preprocessing, data.classes if spec.classes else (), {"name": spec.name})
+
+    def write(folder: Path) -> None:
+        network = load_network(context.folder.path, spec)
+        output = OUTPUT if spec.classes else "features"
+        export_onnx(network, folder / path.name, spec.image_size, metadata=metadata, output=output)
+        pixels, _, _ = data.rendered("test", spec)
+        images = torch.from_numpy(normalize(pixels[:8].numpy(), spec.preprocessing))
+        check_parity(network, folder / path.name, images)
+
+    key = digest(
+        {
+            "weights": tensors_digest(context.folder.path / spec.file),
+            "network": [spec.name, spec.classes, str(spec.image_size), path.name, metadata],
+            "versions": [torch.__version__, version("questpress")],
+        }
     )
-    pixels, _, _ = data.rendered("test", spec)
-    check_parity(network, path, torch.from_numpy(normalize(pixels[:8].numpy(), spec.preprocessing)))
-    return exported.bytes
+    entry = context.cache.get(EXPORTED, key) or context.cache.put(EXPORTED, key, write)
+    path.parent.mkdir(exist_ok=True)
+    size = 0
+    for file in entry.glob(f"{path.name}*"):  # weights beyond 2 GB are in a second one
+        link_or_copy(file, path.with_name(file.name))
+        size += file.stat().st_size
+    return size
 
 
 def _subject(

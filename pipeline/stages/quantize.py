@@ -232,9 +232,10 @@ def _summarize(described: Int8Search, fp32_bytes: int) -> str:
             "points of fp32; the fp32 file ships"
         )
     change = "loses no" if best.lost == 0 else f"{'loses' if best.lost > 0 else 'gains'} {abs(best.lost):.2f}"
+    name = best.name if n == 1 else f"{best.name}, the best of {n},"
     return (
         f"{described.file}, {best.bytes / 1e6:.2f} MB, {fp32_bytes / best.bytes:.2f} times smaller; "
-        f"{best.name}, the best of {n}, {change} points on {described.n} {described.role} images"
+        f"{name} {change} points on {described.n} {described.role} images"
     )
 
 

@@ -1,6 +1,5 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -27,7 +26,7 @@ from ..errors import JobError
 from ..report.format import join_names, plural
 from ..runs import artifacts
 from ..runs.device import choose_engine, threads, use_threads
-from ..runs.files import atomic_write
+from ..runs.files import atomic_write, link_or_copy
 from ..runs.folder import StageResult, get_training
 from ..runs.hashes import digest
 from ..runs.results import DataSummary, Epoch, Subject
@@ -207,10 +206,7 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
     file = write_weights(context.folder.path, spec, network, data.classes, context.key, initial.license)
 
     def write(folder: Path) -> None:
-        try:
-            (folder / WEIGHTS).hardlink_to(file)
-        except OSError:  # on another disk
-            shutil.copyfile(file, folder / WEIGHTS)
+        link_or_copy(file, folder / WEIGHTS)
         (folder / EPOCHS).write_text("\n".join(curve), encoding="utf-8")
 
     if not is_cached:

@@ -42,6 +42,8 @@ def test_each_size_is_a_run_and_all_share_one_teacher(two_sizes: Path) -> None:
     assert {report["teacher_image_size"] for report in reports.values()} == {16}
     computed = [reports[size]["teacher_cache"]["computed"] for size in (12, 8)]
     assert computed[0] > 0 == computed[1], "the second student reads the cache"
+    exported = [two_sizes / f"{little.STUDENT}-{size}" / "bench" / "teacher.onnx" for size in (12, 8)]
+    assert exported[0].samefile(exported[1])
 
 
 def test_comparison_contains_the_students_only(two_sizes: Path) -> None:

@@ -138,6 +138,13 @@ def test_most_accurate_candidate_within_the_budget_ships(small: Prepared, tmp_pa
         assert result.chosen == chosen
 
 
+def test_lossless_candidate_ends_the_first_step(small: Prepared, tmp_path: Path) -> None:
+    """Without loss and with more noise the next calibrator is tried, too."""
+    verdicts = [says(100, True, 15), says(100, True, 25), says(100, True, 30)]
+    result = found(small, tmp_path / "a", told(verdicts))
+    assert names(result) == ["minmax", "percentile"] and result.chosen == 1
+
+
 def test_fewer_float_islands_break_ties(small: Prepared, tmp_path: Path) -> None:
     one = found(small, tmp_path / "a", told([says(90, True)]), calibrators=["minmax"]).candidates[0]
     island = one.model_copy(update={"kept_float": ("a", "b"), "sqnr": 99.0})
@@ -251,7 +258,7 @@ def test_calibrator_that_cannot_cope_is_left_out_and_named(
 
     monkeypatch.setattr(quantizer, "create_calibrator", greedy)
     found = search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True))
-    assert [one.name for one in found.candidates] == ["minmax", "moving-average", "percentile"]
+    assert [one.name for one in found.candidates] == ["minmax", "percentile", "moving-average"]
     assert found.stopped is not None and "entropy needs more memory" in found.stopped
     with pytest.raises(CalibratorError, match="entropy"):
         search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True),
