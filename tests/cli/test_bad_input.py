@@ -278,12 +278,16 @@ def test_out_must_be_writable(data, cache, tmp_path):
     "more",
     [
         ("--schedule", "multistep", "--milestones", "1,2", "--crop", "center", "--no-flip"),
-        ("--milestones", "1", "--pad", "0", "--warmup-epochs", "0.5", "--teacher-warmup-epochs", "0"),
-        ("--schedule", "constant", "--warmup-epochs", "0", "--pad-mode", "reflect", "--flip"),
-        ("--optimizer", "sgd", "--decay-all", "--label-smoothing", "0.1", "--weight", "ce=0.5"),
+        (
+            *("--milestones", "1", "--pad", "0", "--warmup-epochs", "0.5", "--teacher-warmup-epochs", "0"),
+            *("--batch-size", "1000", "--set", "quest.levels=map,map@1", "--set", "quest.tau=0.2"),
+        ),
+        (
+            *("--schedule", "constant", "--warmup-epochs", "0", "--pad-mode", "reflect", "--flip"),
+            *("--optimizer", "sgd", "--decay-all", "--label-smoothing", "0.1", "--weight", "ce=0.5"),
+        ),
         ("--crop", "resized", "--crop-scale", "0.5", "--color-jitter", "0.3", "--precision", "bf16"),
         ("--randaugment", "2,20", "--erasing", "0.5", "--mixup", "1", "--cutmix", "1", "--cache-views", "2"),
-        ("--batch-size", "1000", "--set", "quest.levels=map,map@1", "--set", "quest.tau=0.2"),
     ],
 )
 def test_related_options_train_together(data, cache, tmp_path, more):

@@ -20,11 +20,8 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(arguments, capture_output=True, timeout=60, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932"])
-def test_output_encoding_without_a_character_gets_a_replacement(
-    finished: Path, tmp_path: Path, encoding: str
-) -> None:
-    result = run(command("compare", finished, "--out", tmp_path / "out"), PYTHONIOENCODING=encoding)
+def test_output_encoding_without_a_character_gets_a_replacement(finished: Path, tmp_path: Path) -> None:
+    result = run(command("compare", finished, "--out", tmp_path / "out"), PYTHONIOENCODING="cp932")
     assert result.returncode == 0 and result.stderr == b""
     assert b"\\u2013" in result.stdout and b"best" in result.stdout
 
@@ -36,13 +33,12 @@ def test_predictions_are_printed_in_any_encoding(finished: Path, data: Path, tmp
         result = run(arguments, PYTHONIOENCODING="ascii")
         assert result.returncode == 0 and result.stderr == b""
         assert b"gr\\xf6\\xdfe \\u65e5\\u672c.png: " in result.stdout
-        result = run([*arguments, "--json"], PYTHONIOENCODING="ascii")
-        assert json.loads(result.stdout)["image"] == str(image)
+    result = run([*predict, "--json"], PYTHONIOENCODING="ascii")
+    assert json.loads(result.stdout)["image"] == str(image)
 
 
-@pytest.mark.parametrize("pattern", ["cifar_*", "*"])
-def test_reader_that_exits_early_ends_the_command_quietly(pattern: str) -> None:
-    first = f"{sys.executable} -m questpress.pipeline models '{pattern}' | head -3"
+def test_reader_that_exits_early_ends_the_command_quietly() -> None:
+    first = f"{sys.executable} -m questpress.pipeline models '*' | head -3"
     result = run(["sh", "-c", first])
     assert result.stderr == b"" and len(result.stdout.splitlines()) == 3
     assert "…" not in result.stdout.decode()

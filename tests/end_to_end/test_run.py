@@ -224,7 +224,6 @@ def test_until_stops_after_its_stage_and_can_resume(data, cache, tmp_path):
     ("name", "harm", "kept"),
     [
         ("student.safetensors", "damaged", 5),
-        ("artifact/student.onnx", "deleted", 3),
         ("artifact/student.onnx", "damaged", 3),
         ("artifact/student.int8.onnx", "damaged", 4),
         ("artifact/manifest.json", "deleted", 5),

@@ -8,11 +8,11 @@ from tests.support import little
 
 
 def test_large_teacher_is_timed_with_external_weights(
-    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The teacher has 0.7 MB, the student 0.3.
     monkeypatch.setattr("questpress.export.conversion.onnx_export.MAX_EMBEDDED_BYTES", 500_000)
-    little.check_success(little.job(data, tmp_path, cache))
+    little.check_success(little.job(data, tmp_path, tmp_path / "cache"))
     report = little.report(tmp_path)
     graph, weights = tmp_path / "bench/teacher.onnx", tmp_path / "bench/teacher.onnx.data"
     assert report["teacher"]["latency_ms"]["1"]["n"] > 0
@@ -21,5 +21,5 @@ def test_large_teacher_is_timed_with_external_weights(
     assert not (tmp_path / "artifact/student.onnx.data").exists()
     assert (tmp_path / "artifact/student.int8.onnx").exists()
     weights.unlink()
-    again = little.job(data, tmp_path, cache)
+    again = little.job(data, tmp_path, tmp_path / "cache")
     assert again.exit_code == 0 and weights.exists()

@@ -102,7 +102,6 @@ def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
 
 FOLDED = {
     "efficientnet": (lambda: of_timm("test_efficientnet"), 32, 4),
-    "resnet18": (lambda: of_timm("resnet18", layers=(1, 1, 1, 1)), 33, 4),
     "without padding": (lambda: classifier(nn.Conv2d(3, 8, 3, 2, 0)), 32, 3),
     "two branches": (TwoBranches, 32, 4),
     "padded as in TensorFlow": (lambda: of_timm("test_efficientnet", pad_type="same"), 33, 4),
