@@ -2,8 +2,9 @@
 
     python -m benchmarks.latency.device runs/a runs/b runs/c --times 8
 
-The two measure each run's artifact in turns. Printed are the ratio of their medians (p50) of each file, and that of
-the quotients of two files, which do not depend on a clock that changes between turns: the geometric mean of the turns with a 95 % interval (Student's t).
+The two measure each run's artifact in turns. Printed are the ratio of their medians (p50) of each file, and
+that of the quotients of two files, which do not depend on a clock that changes between turns: the geometric
+mean of the turns with a 95 % interval (Student's t).
 """
 
 import argparse
