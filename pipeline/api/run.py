@@ -223,6 +223,7 @@ def _run_stages(
                 display.done(stage, done.summary, None)
                 continue
             _run_stage(context.for_stage(stage, key), data)
+            process.return_freed_memory()
             if ranks.is_main:
                 context.write_report()
     return write(folder) if ranks.is_main else assemble(folder)

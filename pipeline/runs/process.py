@@ -6,6 +6,7 @@ its position in the epoch. A second request is not deferred.
 """
 
 import ctypes
+import gc
 import math
 import os
 import platform
@@ -161,6 +162,13 @@ def keep_freed_memory() -> None:
     for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         if not libc.mallopt(name, KEPT_BYTES):
             libc.mallopt(name, OLD_KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Return memory that glibc has kept to the system, at the end of a stage."""
+    if platform.libc_ver()[0] == "glibc":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def limit_spinning() -> None:
