@@ -25,7 +25,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: where it stands in the table, and the command line that makes it."""
+    """One run: its row, method and seed in the table, and its command line."""
 
     row: str
     method: str
@@ -40,14 +40,14 @@ class Cell:
 
 @dataclass
 class Table:
-    """All cells of an experiment, in a folder from which it goes on, on this machine or another."""
+    """All cells of an experiment, in a folder from which they resume, on this machine or another."""
 
     folder: Path
     cells: list[Cell]
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self, budget: float | None) -> bool:
-        """Do what is missing within ``budget`` seconds; whether all cells are done."""
+        """Run what is missing within ``budget`` seconds; return True if all cells are done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         ends = None if budget is None else time.monotonic() + budget
         finished = True
@@ -67,7 +67,7 @@ class Table:
         return result is not None
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
-        """The cells that are done, each with the machine, the versions and the options it was made with."""
+        """Write the cells that are done, each with its machine, versions and options."""
         write_json(
             path,
             {
@@ -90,7 +90,7 @@ class Table:
         return [result["top1"] for result in self.results(row, method)]
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
-        """What a cell gave, or None where it is not done.
+        """Return the result of a cell, or None if it is not done.
 
         Raises:
             SystemExit: it was made with other arguments.
@@ -130,14 +130,14 @@ class Table:
         }
 
     def _arguments(self, cell: Cell) -> Path:
-        """Beside the run folder: what the cell is made with."""
+        """Return the file, next to the run folder, that holds the arguments of a cell."""
         return self.folder / f"{cell.name}.arguments.json"
 
     def _run(self, cell: Cell, seconds: float | None) -> dict[str, Any] | None:
-        """Run a cell, or as much of it as there is time for; None where it is not done yet.
+        """Run a cell for at most ``seconds``; return its result, or None if it is not done yet.
 
         Raises:
-            SystemExit: the command failed; what it said stands above.
+            SystemExit: the command failed; its output is above.
         """
         command = [
             sys.executable, "-m", "questpress.pipeline", *cell.arguments,
@@ -154,7 +154,7 @@ class Table:
 
 
 def _short(calibration: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Its figures, without the bins: ECE and its interval in percent, entropy and NLL in nats."""
+    """Return the figures without the bins: ECE and its interval in percent, entropy and NLL in nats."""
     names = ("ece", "ece_low", "ece_high", "confidence", "accuracy", "entropy", "nll")
     return None if calibration is None else {name: calibration[name] for name in names}
 
@@ -162,13 +162,13 @@ def _short(calibration: Mapping[str, Any] | None) -> dict[str, float] | None:
 def run_command(
     command: Sequence[str], seconds: float | None, stop: Callable[[], bool] = lambda: False
 ) -> int | None:
-    """Run a command without its output; its exit code, or None if it was stopped.
+    """Run a command without its output; return its exit code, or None if it was stopped.
 
     Args:
         seconds: after which it is stopped by SIGTERM.
         stop: called several times a second; stops it, too.
     """
-    # A process group of its own, so that the signal reaches it and not this program.
+    # A separate process group, so that the signal reaches it and not this program.
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     ends = None if seconds is None else time.monotonic() + seconds
     try:
@@ -177,7 +177,7 @@ def run_command(
                 return process.wait(timeout=POLL_SECONDS)
         return None
     finally:
-        # Whatever ends this program, the run it has begun must not go on without it.
+        # However this program ends, the command must not outlive it.
         _stop(process)
 
 
@@ -193,7 +193,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Resumable(Protocol):
-    """An experiment that goes on from its folder; `done` holds what there is to write."""
+    """An experiment that resumes from its folder; `done` holds the results to write."""
 
     folder: Path
     done: dict[str, dict[str, Any]]
@@ -206,7 +206,7 @@ class Resumable(Protocol):
 def run_and_write(
     table: Resumable, budget: str | None, about: Mapping[str, Any], text: Callable[[], str]
 ) -> None:
-    """Do what is missing and write ``results.json`` and ``results.md``, whatever happens meanwhile."""
+    """Run what is missing and write ``results.json`` and ``results.md``, also after an error."""
     left = seconds(budget) if budget else None
     table.folder.mkdir(parents=True, exist_ok=True)  # where the results go, whatever happens
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -219,11 +219,11 @@ def run_and_write(
         if table.done:
             table.write(table.folder / "results.json", about)
         (table.folder / "results.md").write_text(text(), encoding="utf-8")
-        print(text() if finished else f"{text()}\nnot all done yet: the same command goes on")
+        print(text() if finished else f"{text()}\nnot all done yet: the same command resumes")
 
 
 def seconds(text: str) -> float:
-    """``9m``, ``2h`` or ``45s`` as seconds."""
+    """Convert ``9m``, ``2h`` or ``45s`` to seconds."""
     try:
         return parse_time(text)
     except ValueError as error:
@@ -231,7 +231,7 @@ def seconds(text: str) -> float:
 
 
 def spoken(values: Sequence[float]) -> str:
-    """Mean ± deviation of the seeds, in percent."""
+    """Return mean ± standard deviation of the seeds, in percent."""
     if not values:
         return "–"
     if len(values) == 1:

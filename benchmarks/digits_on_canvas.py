@@ -3,7 +3,7 @@
     python -m benchmarks.digits_on_canvas FOLDER --images 2000
 
 writes FOLDER/images/*.png and FOLDER/labels.csv (file, labels). The digits are scikit-learn's handwritten
-ones, at one and a half to two and a half times their size, each in a quarter of the canvas of its own. The
+ones, at one and a half to two and a half times their size, each in a separate quarter of the canvas. The
 same seed gives the same images.
 """
 
@@ -21,18 +21,18 @@ CANVAS = 48
 
 
 def digits() -> list[tuple[np.ndarray, int]]:
-    """The built-in digits, grey [8,8], and what each shows, in the order of their content."""
+    """Return the built-in digits, grayscale [8,8], and their labels, in the order of their content."""
     data = read_digits().split()
     every = sorted((image for role in SPLITS for image in data.split(role)), key=lambda image: image.key)
     return [(np.asarray(image.read())[..., 0], image.label) for image in every]
 
 
-def canvas(rng: np.random.Generator, known: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, set[int]]:
-    """Two to four digits on black: grey [48,48] uint8, and which they are."""
+def canvas(rng: np.random.Generator, samples: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, set[int]]:
+    """Draw two to four digits on black; return grayscale [48,48] uint8 and their labels."""
     picture, shown = np.zeros((CANVAS, CANVAS), dtype=np.uint8), set()
     quarter = CANVAS // 2
     for place in rng.permutation(4)[: rng.integers(2, 5)]:
-        pixels, digit = known[rng.integers(len(known))]
+        pixels, digit = samples[rng.integers(len(samples))]
         side = int(rng.integers(12, 21))
         large = PillowImage.fromarray(pixels).resize((side, side), PillowImage.Resampling.BICUBIC)
         row, column = divmod(int(place), 2)
@@ -43,14 +43,14 @@ def canvas(rng: np.random.Generator, known: list[tuple[np.ndarray, int]]) -> tup
 
 
 def write(folder: Path, images: int, seed: int = 0) -> Path:
-    """The images and their labels file, whose path is returned."""
-    rng, known = np.random.default_rng(seed), digits()
+    """Write the images and their labels file; return the path of the labels file."""
+    rng, samples = np.random.default_rng(seed), digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "labels"])
         for number in range(images):
-            picture, shown = canvas(rng, known)
+            picture, shown = canvas(rng, samples)
             name = f"images/{number:05d}.png"
             PillowImage.fromarray(picture).save(folder / name)
             rows.writerow([name, ";".join(str(digit) for digit in sorted(shown))])
@@ -62,5 +62,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    print(write(given.folder, given.images, given.seed))
+    options = parser.parse_args()
+    print(write(options.folder, options.images, options.seed))

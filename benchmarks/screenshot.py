@@ -21,7 +21,7 @@ MOST_BYTES = 300_000
 
 
 def picture(page: Path, file: Path, width: int, height: int, *, dark: bool = False) -> None:
-    """The first ``height`` pixels of a page at this width."""
+    """Save the first ``height`` pixels of a page at this width."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise click.ClickException(f"no browser found: looked for {', '.join(BROWSERS)}")
@@ -37,7 +37,7 @@ def picture(page: Path, file: Path, width: int, height: int, *, dark: bool = Fal
 
 
 def shrink(file: Path) -> None:
-    """Few colours are enough: a page has few, and the file is to be small."""
+    """Reduce a picture to 128 colors, which are enough for a page and make a small file."""
     with Image.open(file) as image:
         few = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few.save(file, optimize=True)
@@ -61,7 +61,7 @@ def main(run: Path, file: Path, width: int, height: int, dark: bool) -> None:
     size = file.stat().st_size
     click.echo(f"{file}: {size:,} bytes")
     if size > MOST_BYTES:
-        sys.exit(f"more than {MOST_BYTES:,} bytes: ask for less --height")
+        sys.exit(f"more than {MOST_BYTES:,} bytes: use a smaller --height")
 
 
 if __name__ == "__main__":

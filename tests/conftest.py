@@ -56,13 +56,13 @@ def cache(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  
 @pytest.fixture(scope="session")
 def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """Three classes of twenty little pictures."""
-    return little.photos(tmp_path_factory.mktemp("data") / "colours")
+    return little.photos(tmp_path_factory.mktemp("data") / "colors")
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
-    """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
-    out = tmp_path_factory.mktemp("runs") / "colours"
+    """The run folder of a whole little job. Tests must not change it: ``a_run`` is a copy to change."""
+    out = tmp_path_factory.mktemp("runs") / "colors"
     result = little.check_success(little.job(data, out, cache))
     (out.parent / "stderr.txt").write_text(result.stderr)
     (out.parent / "stdout.txt").write_text(result.stdout)

@@ -63,7 +63,7 @@ def test_every_command_of_getting_started_runs(home):
             assert words[0] in ("python3", "pip") or words == ["compress", "doctor"], words
     assert ran == ["--teacher", "--teacher", "predict", "validate", "bench", "predict.py"]
     manifest = little.json.loads((home / "pi" / "artifact" / "manifest.json").read_text())
-    assert {one["target"] for one in manifest["files"]} == {None, "arm64"}
+    assert {entry["target"] for entry in manifest["files"]} == {None, "arm64"}
 
 
 @pytest.mark.usefixtures("home")
@@ -73,9 +73,9 @@ def test_every_block_of_the_python_page_runs(capsys):
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "python-api.md", "exec"), {})
-    told = capsys.readouterr().out
-    assert re.search(r"[\d.]+ % \([\d.]+ to [\d.]+\), n = 6\n", told)
-    assert re.search(r"[\d.]+ ms on one thread, 0\.\d+ MB\n", told)
+    output = capsys.readouterr().out
+    assert re.search(r"[\d.]+ % \([\d.]+ to [\d.]+\), n = 6\n", output)
+    assert re.search(r"[\d.]+ ms on one thread, 0\.\d+ MB\n", output)
 
 
 @pytest.mark.parametrize(

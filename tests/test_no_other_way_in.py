@@ -1,4 +1,4 @@
-"""Of what runs code when it reads a file there is nothing in our own code, and no fallback to it."""
+"""The sources contain no function that runs code while it reads a file, and no fallback to one."""
 
 import ast
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ FORBIDDEN = {
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Every call in a source by its dotted name."""
+    """Yield each call in a source with its dotted name."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             yield ast.unparse(node.func), node
 
 
 def argument(call: ast.Call, name: str) -> object:
-    return next((ast.literal_eval(one.value) for one in call.keywords if one.arg == name), None)
+    return next((ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == name), None)
 
 
 def test_sources_are_found() -> None:

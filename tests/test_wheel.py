@@ -26,11 +26,11 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
         shutil.copy(ROOT / name, source)
     for room in (*ROOMS, "tests"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    asked = [
+    command = [
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source),
     ]  # fmt: skip
     isolation = ["--no-build-isolation"] if recent_setuptools() else []
-    built = subprocess.run([*asked, *isolation], capture_output=True, text=True, timeout=100)
+    built = subprocess.run([*command, *isolation], capture_output=True, text=True, timeout=100)
     if built.returncode and not isolation:
         pytest.skip("setuptools 77 or newer is neither here nor to be had")
     assert built.returncode == 0, built.stderr

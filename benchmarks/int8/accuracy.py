@@ -1,4 +1,4 @@
-"""What int8 costs in accuracy: ONNX Runtime's own defaults, the search, and the search with --qat.
+"""Accuracy lost by int8: ONNX Runtime's defaults, the search, and the search with --qat.
 
     python -m benchmarks.int8.accuracy runs/shop --out results/int8-accuracy
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]]:
-    """A row for each file of a run's student."""
+    """Return a row for each file of a run's student."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     options = Options(**{name: value for name, value in config.items() if name in Options.model_fields})
     _, data = resolve(options)
@@ -72,10 +72,10 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     classifier = Classifier(fp32.read_bytes(), fp32.name)
     test = read(data.test, classifier)
     labels = np.array([image.label for image in data.test])
-    expected = right(fp32, test, labels)
+    expected = is_correct(fp32, test, labels)
     folder = out / run.name
     folder.mkdir(exist_ok=True)
-    files = {"naive": naive(fp32, data.train, options, folder / "naive.onnx")}
+    files = {"naive": quantize_naively(fp32, data.train, options, folder / "naive.onnx")}
     chosen = {}
     for name, more in {
         "ours": {"qat": False, "calibration": "auto"},
@@ -86,23 +86,23 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
             shutil.copytree(run, copy)
         given = {key: value for key, value in more.items() if value is not None}
         report = export(copy, quiet=True, **given)
-        best = next((one for one in report.int8[0].tried if one.ships), None)
+        best = next((candidate for candidate in report.int8[0].tried if candidate.ships), None)
         files[name] = copy / (report.int8[0].file or "artifact/student.onnx")
         chosen[name] = "the fp32 file" if best is None else best.name
-    images = next(iter(calibration(fp32, data.train, options)))
-    files["learned"] = learned(folder / "ours-qat", fp32, images, folder / "learned.onnx")
+    images = next(iter(read_calibration_images(fp32, data.train, options)))
+    files["learned"] = quantize_learned(folder / "ours-qat", fp32, images, folder / "learned.onnx")
     chosen["learned"] = f"{report.recovery.epochs} epochs" if report.recovery else ""
     rows = [{"run": run.name, "file": "fp32", "n": len(labels), "top1": 100 * float(expected.mean())}]
     for name, file in files.items():
-        found = right(file, test, labels)
-        worse, better = int((expected & ~found).sum()), int((found & ~expected).sum())
+        correct = is_correct(file, test, labels)
+        worse, better = int((expected & ~correct).sum()), int((correct & ~expected).sum())
         rows.append(
             {
                 "run": run.name,
                 "file": name,
                 "how": chosen.get(name, "quantize_static's defaults"),
                 "n": len(labels),
-                "top1": 100 * float(found.mean()),
+                "top1": 100 * float(correct.mean()),
                 "lost": 100 * (worse - better) / len(labels),
                 "worse": worse,
                 "better": better,
@@ -119,40 +119,40 @@ def read(images: Iterable[Image], classifier: Classifier) -> np.ndarray:
     return classifier.to_input(np.stack([render(pixels, classifier.preprocessing) for pixels in decoded]))
 
 
-def right(file: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which images a file answers rightly."""
+def is_correct(file: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return True for each image that a file classifies correctly."""
     classifier = Classifier(file.read_bytes(), file.name)
-    answers = [classifier.logits(batch).argmax(1) for batch in np.array_split(images, len(images) // 64 + 1)]
-    return np.concatenate(answers) == labels
+    batches = np.array_split(images, len(images) // 64 + 1)
+    return np.concatenate([classifier.logits(batch).argmax(1) for batch in batches]) == labels
 
 
-def naive(fp32: Path, train: Any, options: Options, file: Path) -> Path:
-    """ONNX Runtime's static quantization, nothing said but the images."""
-    (images,) = calibration(fp32, train, options)
+def quantize_naively(fp32: Path, train: Any, options: Options, file: Path) -> Path:
+    """Quantize with the defaults of ONNX Runtime's static quantization."""
+    (images,) = read_calibration_images(fp32, train, options)
     with quiet():
         quantize_static(str(fp32), str(file), Chunks(images))
     return file
 
 
-def calibration(fp32: Path, train: Any, options: Options) -> list[np.ndarray]:
-    """Images of the train role, all in one batch."""
+def read_calibration_images(fp32: Path, train: Any, options: Options) -> list[np.ndarray]:
+    """Return images of the train role, all in one batch."""
     classifier = Classifier(fp32.read_bytes(), fp32.name)
     # A key is the hash of an image: the first of them are any images.
     drawn = sorted(train, key=lambda image: str(image.key))[: options.calibration_images]
     return [read(drawn, classifier)]
 
 
-def learned(run: Path, fp32: Path, images: np.ndarray, file: Path) -> Path:
-    """The candidate of quantization-aware training, whether it ships or not."""
+def quantize_learned(run: Path, fp32: Path, images: np.ndarray, file: Path) -> Path:
+    """Write the candidate of quantization-aware training, whether it ships or not."""
     prepared = prepare(fp32)
-    name, found = load_graph(run, prepared)
-    ranges, _ = calibrate_ranges(found.prepared.model, [images], "minmax", prepared.scope.op_types)
-    model = quantize(found.prepared, ranges, find_target(name), overrides=found.overrides)
-    return write_int8(found.prepared, model, file, {}).path
+    name, graph = load_graph(run, prepared)
+    ranges, _ = calibrate_ranges(graph.prepared.model, [images], "minmax", prepared.scope.op_types)
+    model = quantize(graph.prepared, ranges, find_target(name), overrides=graph.overrides)
+    return write_int8(graph.prepared, model, file, {}).path
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of all rows."""
+    """Return the table of all rows."""
     lines = [
         "| run | file | top-1, % | points lost | wrong only here / only in fp32 | McNemar's p | how |",
         "|---|---|---|---|---|---|---|",

@@ -3,10 +3,10 @@
     python -m benchmarks.int8.compare --data clothing/ --out runs/int8
 
 The peers aren't dependencies of ours: pip install nncf openvino onnxslim. The networks are timm's with random
-weights, since speed is a matter of types and graphs and not of values; what each tool does with them is in
-``files.py``. A subject runs in a process of its own, all subjects of a network and a thread count in the
-same rounds; a ratio is the median over rounds of the ratio of medians, with its paired bootstrap 95 %
-interval. The same command goes on where it stopped; what was made or timed with something else is done anew.
+weights, since speed depends on types and graphs, not on values; ``files.py`` quantizes them with each tool.
+Each subject runs in a separate process, all subjects of a network and a thread count in the same rounds; a
+ratio is the median over rounds of the ratio of medians, with its paired bootstrap 95 % interval. The same
+command resumes, and repeats what was made or timed with other settings.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MODELS = (
 
 @dataclass
 class Trials:
-    """Every network at every thread count, in a folder from which it goes on."""
+    """Every network at every thread count, in a folder from which it resumes."""
 
     folder: Path
     models: Sequence[str]
@@ -52,18 +52,18 @@ class Trials:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self, budget: float | None) -> bool:
-        """Do what is missing, beginning nothing after `budget` seconds; whether all is done."""
+        """Run what is missing, start nothing after `budget` seconds; return True if all is done."""
         ends = None if budget is None else time.monotonic() + budget
 
-        def left() -> bool:
+        def has_time() -> bool:
             return ends is None or time.monotonic() < ends
 
         for model in self.models:
-            files = files_of(self.folder / model, model, self.kinds, self.images, self.seed, left)
+            files = files_of(self.folder / model, model, self.kinds, self.images, self.seed, has_time)
             for threads in self.threads if files else ():
                 name = f"{model}.{threads}"
                 result = self._done(name, files, threads)
-                if result is None and left():
+                if result is None and has_time():
                     result = self._time(name, model, files, threads)
                 if result is not None:
                     self.done[name] = {"model": model, "threads": threads, **result}
@@ -73,11 +73,11 @@ class Trials:
         write_json(path, {**about, "cells": list(self.done.values())})
 
     def _made_with(self, files: Mapping[str, File], threads: int) -> dict[str, Any]:
-        """All that a cell's figures depend on."""
+        """Return all that a cell's figures depend on."""
         here = environment()
         return {
             "files": {kind: file.error or file.sha256 for kind, file in files.items()},
-            "images": self.images.described(),
+            "images": self.images.describe(),
             "seconds": self.seconds,
             "seed": self.seed,
             "threads": threads,
@@ -86,25 +86,26 @@ class Trials:
         }
 
     def _done(self, name: str, files: Mapping[str, File], threads: int) -> dict[str, Any] | None:
-        """An earlier call's figures, where they are of these files, on this machine, timed as long."""
-        found = read(self.folder / f"{name}.json")
+        """Return an earlier call's figures if they are of these files, this machine and these settings."""
+        earlier = read(self.folder / f"{name}.json")
         made_with = json.loads(json.dumps(self._made_with(files, threads)))
-        return found if found is not None and found["made_with"] == made_with else None
+        return earlier if earlier is not None and earlier["made_with"] == made_with else None
 
     def _time(self, name: str, model: str, files: Mapping[str, File], threads: int) -> dict[str, Any]:
-        _, inputs = self.images.of(model)
+        _, inputs = self.images.arrays(model)
         subjects = [Subject(kind, files[kind].path, inputs, script(kind)) for kind in timed(files)]
-        result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
+        options: dict[str, Any] = {"seconds": self.seconds, "seed": self.seed, "progress": log_progress(name)}
+        result = bench(subjects, threads=[threads], **options)
         samples: dict[str, Any] = dict(result.to_arrays())
         with atomic_write(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
             np.savez_compressed(raw, **samples)
-        found = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
-        write_json(self.folder / f"{name}.json", found)
-        return found
+        cell = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
+        write_json(self.folder / f"{name}.json", cell)
+        return cell
 
 
 def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dict[str, Any]:
-    """One cell: latency of each subject, and how many times faster than each other one ours is."""
+    """Return one cell: latency of each subject, and the speed-up of ours over each other one."""
     kinds = timed(files)
     speedups = [result.speedup("ours", kind, threads) for kind in kinds if kind != "ours"]
     return {
@@ -116,7 +117,7 @@ def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dic
 
 
 def timed(files: Mapping[str, File]) -> list[str]:
-    """The kinds there is a file of, but for those that leave a rule out and are byte for byte ours."""
+    """Return the kinds that have a file, except those without a rule that are byte for byte ours."""
     return [
         kind
         for kind, file in files.items()
@@ -125,29 +126,29 @@ def timed(files: Mapping[str, File]) -> list[str]:
 
 
 def script(kind: str) -> tuple[str, ...]:
-    """What times it in the place of ONNX Runtime's worker."""
+    """Return the command that times it in the place of ONNX Runtime's worker."""
     instructions = KINDS[kind].openvino
     return () if instructions is None else ("-c", OPENVINO.format(instructions=instructions))
 
 
-def told(name: str) -> Progress:
-    """Say what is being timed, once for each change of it."""
+def log_progress(name: str) -> Progress:
+    """Print what is being timed, once for each change of it."""
     last = ""
 
-    def tell(_fraction: float, what: str) -> None:
+    def report(_fraction: float, what: str) -> None:
         nonlocal last
         if what != last and what != "done":
             print(f"== {name}: {what}", file=sys.stderr, flush=True)
         last = what
 
-    return tell
+    return report
 
 
 Cell = Mapping[str, Any]
 
 
 def tables(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
-    """Latency, ours against each other subject, the files, and what is to be said of them."""
+    """Return the tables of latency, of ours against each other subject and of the files, with notes."""
     if not cells:
         return "nothing is done yet\n"
     machine, made_with = cells[0]["environment"], cells[0]["made_with"]
@@ -183,36 +184,35 @@ def ratios(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
 
 
 def files_table(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
-    own = [kind for kind in kinds if KINDS[kind].file_of is None]
     by_model = {cell["model"]: cell["files"] for cell in cells}
     rows = [
         [
             model,
             KINDS[kind].title,
-            f"{found[kind]['bytes'] / 1e6:.2f}",
-            "" if found[kind]["logits_db"] is None else f"{found[kind]['logits_db']:.1f} dB",
-            found[kind]["sha256"][0][:16],
+            f"{files[kind]['bytes'] / 1e6:.2f}",
+            "" if files[kind]["logits_db"] is None else f"{files[kind]['logits_db']:.1f} dB",
+            files[kind]["sha256"][0][:16],
         ]
-        for model, found in by_model.items()
-        for kind in own
-        if found[kind]["error"] is None
+        for model, files in by_model.items()
+        for kind in kinds
+        if KINDS[kind].file_of is None and files[kind]["error"] is None
     ]
     return markdown(["network", "file", "MB", "logits", "SHA-256"], rows)
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """What a reader of the figures has to know: files that weren't made, and a restless machine."""
-    said = [file["error"] for cell in cells for file in cell["files"].values() if file["error"]]
-    said += [
+    """Return notes on the figures: files that were not made, and other load on the machine."""
+    messages = [file["error"] for cell in cells for file in cell["files"].values() if file["error"]]
+    messages += [
         f"{cell['model']} on {_threads(cell)}: the warm-up of {KINDS[kind].title} did not settle within 2 %"
         for cell in cells
-        for kind, found in cell["latencies"].items()
-        if not found["settled"]
+        for kind, latency in cell["latencies"].items()
+        if not latency["settled"]
     ]
     busy = [cell for cell in cells if (cell["environment"]["load"] or 0) > cell["environment"]["cores"] / 2]
     if busy:
-        said.append(f"other work was running at the start of {len(busy)} of {len(cells)} rows")
-    return list(dict.fromkeys(said))
+        messages.append(f"other work was running at the start of {len(busy)} of {len(cells)} rows")
+    return list(dict.fromkeys(messages))
 
 
 def _row(cell: Cell) -> list[str]:
@@ -223,17 +223,17 @@ def _threads(cell: Cell) -> str:
     return f"{cell['threads']} thread" + ("s" if cell["threads"] > 1 else "")
 
 
-def _p50(found: Mapping[str, Any] | None) -> str:
-    p50 = found and found["percentiles"].get("p50")
+def _p50(latency: Mapping[str, Any] | None) -> str:
+    p50 = latency and latency["percentiles"].get("p50")
     return f"{p50['value']:.3g}" if p50 else "–"
 
 
 def _ratio(cell: Cell, kind: str) -> str:
-    found = cell["ours_against"].get(kind)
-    if found is None:
-        of_both = [cell["files"].get(name, {}).get("sha256") for name in ("ours", kind)]
-        return "the same file" if of_both[0] == of_both[1] else "–"
-    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f}), {found['verdict']}"
+    speedup = cell["ours_against"].get(kind)
+    if speedup is None:
+        hashes = [cell["files"].get(name, {}).get("sha256") for name in ("ours", kind)]
+        return "the same file" if hashes[0] == hashes[1] else "–"
+    return f"{speedup['ratio']:.2f} ({speedup['low']:.2f} to {speedup['high']:.2f}), {speedup['verdict']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -249,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=128, help="of the train role, to calibrate on")
     parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and the order of blocks")
-    parser.add_argument("--budget", help="begin nothing after this time: 9m, 2h")
-    parser.add_argument("--out", type=Path, required=True, help="a folder, where the same command goes on")
+    parser.add_argument("--budget", help="start nothing after this time: 9m, 2h")
+    parser.add_argument("--out", type=Path, required=True, help="folder from which the same command resumes")
     o = parser.parse_args(arguments)
     if o.rules and o.peers != parser.get_default("peers"):
         parser.error("--rules and --peers are two tables: give one of them")

@@ -2,15 +2,15 @@
 
     python -m benchmarks.int8.files nncf FP32.onnx CALIBRATION.npy INPUTS.npy OUT.onnx
 
-Each file is made by a process of its own, from the same fp32 file and the same images (float32 [n, 3, S, S],
-preprocessed). On its standard output it says, as JSON, the signal to noise of its logits against those of
-fp32 on the inputs: a fast file that computes something else is none.
+Each file is made by a separate process, from the same fp32 file and the same images (float32 [n, 3, S, S],
+preprocessed). The process prints, as JSON, the signal to noise of the file's logits against those of fp32 on
+the inputs, since the speed of a file that computes something else does not count.
 
 What the tools do, each by its defaults (read in the versions named):
 
-- onnxruntime 1.31: ``quant_pre_process`` (shape inference and the basic and extended graph optimisations, as
-  its documentation asks), then ``quantize_static``: QDQ, int8 activations, int8 weights with one scale a
-  tensor, MinMax.
+- onnxruntime 1.31: ``quant_pre_process`` (shape inference and the basic and extended graph optimizations, as
+  its documentation recommends), then ``quantize_static``: QDQ, int8 activations, int8 weights with one scale
+  a tensor, MinMax.
 - ultralytics 8.4.190: onnxslim, then ``quantize_static`` by the same defaults, without the pre-processing,
   but only Conv, Gemm and MatMul; the rest stays float.
 - nncf 3.4: ``nncf.quantize`` of the ONNX model: performance preset, any device, fast bias correction.
@@ -50,20 +50,20 @@ class Kind:
 
     title: str
     packages: tuple[str, ...]
-    """That decide the file's bytes; those of other tools aren't dependencies of ours."""
+    """Packages that decide the file's bytes; those of other tools aren't dependencies of ours."""
 
     make: Callable[[Path, np.ndarray, Path], None] | None
-    """From the fp32 file and the calibration images; None for fp32 itself, and where the file is ours."""
+    """Arguments: fp32 file, calibration images, path. None for fp32 itself, and if the file is ours."""
 
     file_of: str | None = None
-    """The kind whose file it is, where it has none of its own."""
+    """The kind whose file it uses, if there is no separate one."""
 
     sources: str = ""
     """The files of our export whose code decides the bytes."""
 
     suffix: str = ".onnx"
     openvino: str | None = None
-    """Which of oneDNN's instructions OpenVINO may use, where it runs there and not in ONNX Runtime."""
+    """Instructions that oneDNN may use in OpenVINO; None if the file is run by ONNX Runtime."""
 
 
 def ours(fp32: Path, images: np.ndarray, out: Path, without: str | None = None) -> None:
@@ -140,7 +140,7 @@ KINDS |= WITHOUT
 
 
 def missing(kinds: Sequence[str]) -> str | None:
-    """One sentence, where packages aren't installed that these need."""
+    """Return an error message if packages that these need are not installed."""
     needed = dict.fromkeys(package for kind in kinds for package in KINDS[kind].packages)
     absent = [package for package in needed if importlib.util.find_spec(package) is None]
     if not absent:
@@ -154,13 +154,13 @@ def missing(kinds: Sequence[str]) -> str | None:
 
 
 def versions(kinds: Sequence[str]) -> dict[str, str]:
-    """Of every package that decides these files' bytes or runs them."""
+    """Return the version of every package that decides these files' bytes or runs them."""
     names = {package for kind in kinds for package in KINDS[kind].packages}
     return {name: version(name) for name in sorted(names | {"onnxruntime", "numpy"})}
 
 
 def write_fp32(name: str, images: np.ndarray, out: Path, seed: int) -> None:
-    """A timm network with random weights, its batch norms those of a trained one in kind.
+    """Export a timm network with random weights and with batch norms like those of a trained one.
 
     timm starts some of them at γ = 0, which would leave whole branches of nothing but zeros to quantize.
     """
@@ -186,7 +186,7 @@ def write_fp32(name: str, images: np.ndarray, out: Path, seed: int) -> None:
 
 
 def logits(kind: str, path: Path, images: np.ndarray) -> np.ndarray:
-    """Float32 [n, classes], one image at a time, in the runtime that the file is timed in."""
+    """Return float32 [n, classes], one image at a time, in the runtime that the file is timed in."""
     if KINDS[kind].openvino:
         from questpress.export.latency.worker import load_openvino
 
@@ -197,9 +197,9 @@ def logits(kind: str, path: Path, images: np.ndarray) -> np.ndarray:
     return np.concatenate([opened.run(None, {name: images[i : i + 1]})[0] for i in range(len(images))])
 
 
-def signal_to_noise(expected: np.ndarray, found: np.ndarray) -> float:
-    """Of logits [n, classes], in dB: the variance of `expected` over the mean squared difference."""
-    noise = float(np.mean((found - expected) ** 2))
+def signal_to_noise(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Return the variance of `expected` [n, classes] over the mean squared difference, in dB."""
+    noise = float(np.mean((actual - expected) ** 2))
     return math.inf if noise == 0 else 10 * math.log10(float(np.var(expected)) / noise)
 
 
@@ -225,7 +225,7 @@ INPUTS = 64
 
 @dataclass(frozen=True)
 class File:
-    """A file to be timed, or in one sentence why there is none.
+    """A file to be timed, or the reason why there is none.
 
     `sha256` is of the file that is opened, and with an .xml of its .bin, too. `logits_db`: signal to noise of
     its logits against those of fp32, in dB; None for fp32 itself.
@@ -238,31 +238,31 @@ class File:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; of the path only the name."""
+        """Return the fields for JSON, of the path only the name."""
         return {**asdict(self), "path": self.path.name}
 
 
 class Images:
-    """What the networks are calibrated on and timed with, drawn by a seed from the train and val roles.
+    """Images to calibrate and to time with, drawn by a seed from the train and val roles.
 
     Raises:
-        SystemExit: there are too few, in one sentence.
+        SystemExit: there are too few.
     """
 
     def __init__(self, data: str, count: int, seed: int, size: int) -> None:
-        found = open_data(data)
-        if len(found.train) < count or not found.val:
+        images = open_data(data)
+        if len(images.train) < count or not images.val:
             raise SystemExit(
-                f"{found.source} has {len(found.train)} images in its train role and {len(found.val)} in "
+                f"{images.source} has {len(images.train)} images in its train role and {len(images.val)} in "
                 f"its val role; calibration takes {count} of the first (--images), timing the second"
             )
         random = np.random.default_rng(seed)
-        self.calibration = [found.train[i] for i in random.permutation(len(found.train))[:count]]
-        self.inputs = [found.val[i] for i in random.permutation(len(found.val))[:INPUTS]]
-        self.name, self.size = found.name, size
+        self.calibration = [images.train[i] for i in random.permutation(len(images.train))[:count]]
+        self.inputs = [images.val[i] for i in random.permutation(len(images.val))[:INPUTS]]
+        self.name, self.size = images.name, size
 
-    def described(self) -> dict[str, Any]:
-        """What they are, by hash; equal for equal images in an equal order."""
+    def describe(self) -> dict[str, Any]:
+        """Return a description that is equal for equal images in an equal order."""
         return {
             "data": self.name,
             "size": self.size,
@@ -270,8 +270,8 @@ class Images:
             "sha256": digest([[image.key for image in part] for part in (self.calibration, self.inputs)]),
         }
 
-    def of(self, model: str) -> tuple[np.ndarray, np.ndarray]:
-        """For calibration and as inputs, float32 [n, 3, S, S] each, preprocessed as the network's own."""
+    def arrays(self, model: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return calibration images and inputs, float32 [n, 3, S, S] each, preprocessed for a network."""
         g = geometry(model, self.size)
         return self._rendered(
             Preprocessing.create(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
@@ -285,9 +285,9 @@ class Images:
 
 
 def files_of(
-    folder: Path, model: str, kinds: Sequence[str], images: Images, seed: int, left: Callable[[], bool]
+    folder: Path, model: str, kinds: Sequence[str], images: Images, seed: int, has_time: Callable[[], bool]
 ) -> dict[str, File]:
-    """Each kind's file of a network, made where it isn't there yet; none where no time was left for it."""
+    """Return each kind's file of a network, made if it is missing; no files if there was no time left."""
     own: dict[str, File] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for kind in dict.fromkeys(KINDS[kind].file_of or kind for kind in kinds):
@@ -296,20 +296,20 @@ def files_of(
             "kind": kind,
             "model": model,
             "seed": seed,
-            "images": images.described(),
+            "images": images.describe(),
             "versions": versions([kind]),
             "fp32": own["fp32"].sha256 if own else None,
             "ours": _sources(KINDS[kind].sources) if KINDS[kind].sources else None,
         }
-        file = _made(path, made_from)
-        if file is None and not left():
+        file = _load(path, made_from)
+        if file is None and not has_time():
             return {}
         own[kind] = file or _make(kind, model, path, made_from, images, seed)
     return {kind: own[KINDS[kind].file_of or kind] for kind in kinds}
 
 
-def _made(path: Path, made_from: dict[str, Any]) -> File | None:
-    """The file of an earlier call, where it was made from the same and is still what it was."""
+def _load(path: Path, made_from: dict[str, Any]) -> File | None:
+    """Return the file of an earlier call if it was made from the same and has not changed."""
     facts = read(_facts(path))
     if facts is None or facts["made_from"] != json.loads(json.dumps(made_from)):
         return None
@@ -323,7 +323,7 @@ def _make(kind: str, model: str, path: Path, made_from: dict[str, Any], images: 
     print(f"== {model}: making {KINDS[kind].title}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="questpress-int8-") as scratch:
         arrays = []
-        for name, array in zip(("calibration", "inputs"), images.of(model), strict=True):
+        for name, array in zip(("calibration", "inputs"), images.arrays(model), strict=True):
             arrays.append(Path(scratch) / f"{name}.npy")
             np.save(arrays[-1], array)
         command = [
@@ -331,9 +331,9 @@ def _make(kind: str, model: str, path: Path, made_from: dict[str, Any], images: 
             *map(str, arrays), str(path),
             "--network", model, "--seed", str(seed),
         ]  # fmt: skip
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode != 0:
-        last = (told.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        last = (process.stderr.strip().splitlines() or ["no error message"])[-1]
         error = f"{KINDS[kind].title} made no file of {model}: {last}"
         if kind in ("fp32", "ours"):
             raise SystemExit(error)
@@ -343,14 +343,14 @@ def _make(kind: str, model: str, path: Path, made_from: dict[str, Any], images: 
         "made_from": made_from,
         "sha256": parts,
         "bytes": sum(part.stat().st_size for part in _parts(path)),
-        "logits_db": json.loads(told.stdout)["logits_db"],
+        "logits_db": json.loads(process.stdout)["logits_db"],
     }
     write_json(_facts(path), facts)
     return File(path, tuple(parts), facts["bytes"], facts["logits_db"])
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file says, where there is one."""
+    """Return the content of a JSON file, or None if there is none."""
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -367,7 +367,7 @@ def _parts(path: Path) -> list[Path]:
 
 @functools.cache
 def _sources(pattern: str) -> str:
-    """A hash of our export's code: another revision makes its files anew."""
+    """Return a hash of the export code: another revision makes its files again."""
     folder = Path(next(iter(export.__path__)))
     return digest({str(f.relative_to(folder)): sha256(f) for f in sorted(folder.glob(pattern))})
 
@@ -383,7 +383,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of its weights")
     o = parser.parse_args()
     images, unseen = np.load(o.calibration), np.load(o.inputs)
-    # What the tools print goes beside the answer, not into it.
+    # What the tools print goes to stderr, since stdout is the result.
     with contextlib.redirect_stdout(sys.stderr):
         make = KINDS[o.kind].make
         if make is None:

@@ -1,4 +1,4 @@
-"""Coverage of the bench's intervals by A/A comparisons, and the ratio of two files beside other processes.
+"""Coverage of the bench's intervals by A/A comparisons, and the ratio of two files next to other processes.
 
     python -m benchmarks.latency.noise NETWORK.onnx --times 20 --seconds 2
     python -m benchmarks.latency.noise NETWORK.onnx --times 5 --neighbors 1

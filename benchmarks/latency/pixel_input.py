@@ -1,5 +1,5 @@
-"""What a uint8 input costs: a network in ONNX Runtime fed with normalised floats, with numpy normalising each
-image, with pixels and the normalization folded, and with pixels and the normalisation before it in float.
+"""Latency by input: a network in ONNX Runtime fed with normalized floats, with floats that numpy normalizes,
+with pixels and the normalization folded, and with pixels and the normalization before it in float.
 
     taskset -c 1 python -m benchmarks.latency.pixel_input --network mobilenetv2_100
 """
@@ -27,7 +27,7 @@ P = Preprocessing.create(SIDE)
 
 
 def files(network: torch.nn.Module, pixels: np.ndarray, folder: Path) -> dict[str, dict[str, Path]]:
-    """By precision: the files that take floats, pixels folded, and pixels normalised before the network."""
+    """Return, by precision, files for floats, folded pixels, and pixels normalized before the network."""
     fp32 = {name: folder / f"{name}.onnx" for name in ("floats", "folded", "before")}
     export_onnx(network, fp32["floats"], SIDE, metadata={})
     export_onnx(network, fp32["folded"], SIDE, metadata={}, pixels=P)
@@ -47,8 +47,8 @@ def subjects(made: dict[str, Path], pixels: np.ndarray) -> dict[str, Callable[[i
     floats, folded, before = (open_session(made[name], 1) for name in ("floats", "folded", "before"))
     ready = normalize(pixels, P)
     return {
-        "floats, normalised beforehand": lambda i: floats.run(None, {"input": ready[i : i + 1]}),
-        "floats, normalised by numpy": lambda i: floats.run(None, {"input": normalize(pixels[i : i + 1], P)}),
+        "floats, normalized beforehand": lambda i: floats.run(None, {"input": ready[i : i + 1]}),
+        "floats, normalized by numpy": lambda i: floats.run(None, {"input": normalize(pixels[i : i + 1], P)}),
         "pixels, folded": lambda i: folded.run(None, {"input": pixels[i : i + 1]}),
         "pixels, in float before the network": lambda i: before.run(None, {"input": pixels[i : i + 1]}),
     }
@@ -57,9 +57,9 @@ def subjects(made: dict[str, Path], pixels: np.ndarray) -> dict[str, Callable[[i
 def medians(
     subjects: dict[str, Callable[[int], object]], rounds: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds], the median over the images; all subjects in every round, in random order."""
+    """Return ms [rounds], the median over the images; each round has all subjects in random order."""
     rng = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {name: [] for name in subjects}
+    measured: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds + 1):
         for name in rng.permutation(list(subjects)):
             times = []
@@ -67,8 +67,8 @@ def medians(
                 start = time.perf_counter()
                 subjects[name](i)
                 times.append(1000 * (time.perf_counter() - start))
-            found[name].append(float(np.median(times)))
-    return {name: np.array(times[1:]) for name, times in found.items()}
+            measured[name].append(float(np.median(times)))
+    return {name: np.array(times[1:]) for name, times in measured.items()}
 
 
 def main() -> None:
@@ -77,21 +77,21 @@ def main() -> None:
     )
     parser.add_argument("--network", default="mobilenetv2_100", help="timm's name [default: mobilenetv2_100]")
     parser.add_argument("--rounds", type=int, default=40)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    network = timm.create_model(given.network).eval()
+    network = timm.create_model(options.network).eval()
     rng = np.random.default_rng(0)
     pixels = np.clip(rng.normal(120, 60, (IMAGES, SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for precision, made in files(network, pixels, Path(folder)).items():
-            times = medians(subjects(made, pixels), given.rounds)
+            times = medians(subjects(made, pixels), options.rounds)
             base, *_ = times.values()
-            for name, found in times.items():
-                low, middle, high = np.percentile(found / base, (25, 50, 75))
+            for name, milliseconds in times.items():
+                low, middle, high = np.percentile(milliseconds / base, (25, 50, 75))
                 shown = f"{middle:.3f} ({low:.3f} to {high:.3f})"
-                rows.append([precision, name, f"{np.median(found):.2f}", shown])
-    columns = [given.network, "takes", "ms", "by the first row (quartiles over rounds)"]
+                rows.append([precision, name, f"{np.median(milliseconds):.2f}", shown])
+    columns = [options.network, "takes", "ms", "by the first row (quartiles over rounds)"]
     print(markdown(columns, rows))
 
 

@@ -1,8 +1,8 @@
-"""How many fixed views teach as well as ever new ones, how many words of each position, how many positions.
+"""Accuracy by the number of fixed views, of cached words of each position, and of positions.
 
 The CPU protocol of ``cifar10_small.py`` with QuEST as it is by default (1,024 words, ``--balance auto``): the
-teacher asked at every step (online), then from a store of V views of each image and m words of each position,
-and with N of the 64 positions drawn for each image and epoch. Cells with the same m share their store.
+teacher computed at every step (online), then with a cache of V views of each image and m words of each
+position, and with N of the 64 positions drawn for each image and epoch. Cells with the same m share a cache.
 
     python -m benchmarks.papers.cache_views --data cifar10/ --weights resnet56-4bfd9763.th \\
         --out runs/cache_views
@@ -29,13 +29,13 @@ def main() -> None:
     parser = protocol(__doc__, seeds="0")
     parser.add_argument("--cells", default=";".join(CELLS), help="separated by semicolons [default: all]")
     options = parser.parse_args()
-    given = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
-    given += [*TRAINING, *QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]
+    common = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
+    common += [*TRAINING, *QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]
     chosen = [name for name in CELLS if name in options.cells.split(";")]
     table = Table(
         options.out,
         [
-            Cell(PAIR, name, seed, [*given, *CELLS[name]])
+            Cell(PAIR, name, seed, [*common, *CELLS[name]])
             for seed in map(int, options.seeds.split(","))
             for name in chosen
         ],

@@ -1,4 +1,4 @@
-"""The CPU protocol: which method serves a small student best, in an hour or two on two cores.
+"""The CPU protocol: accuracy of a small student by each method, in an hour or two on two cores.
 
 Teacher cifar_resnet56_a with its published CIFAR-10 weights (93.39 %), student cifar_resnet20 from scratch,
 10,000 training images, 30 epochs, batch 128, accuracy of the last epoch on the 10,000 test images through
@@ -26,7 +26,7 @@ FEED = ["--method", "feed", "--cache-views", "10"]
 PAIR = "resnet56_a:resnet20"
 
 WEIGHTS = {"resnet56": "cifar_resnet56_a", "resnet44": "cifar_resnet44_a", "resnet32": "cifar_resnet32_a"}
-"""How the published weights' files begin, and whose they are."""
+"""Network by the first part of the name of its published weights file."""
 
 SDD = ["--set", "sdd.beta=2", "--set", "sdd.finest=2"]
 
@@ -60,7 +60,7 @@ METHODS = {
         for k in (256, 1024, 4096)
     },
     **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
-    # Ten views of each image: the maps of several teachers are large, and computing them anew is slow.
+    # Ten views of each image: the maps of several teachers are large, and computing them again is slow.
     "feed": [*FEED],
     "feed ×10": [*FEED, "--weight", "feed=10"],
     "feed linear": [*FEED, "--set", "feed.transform=linear"],
@@ -76,7 +76,7 @@ METHODS |= {
 }
 
 TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}
-"""How many of the teachers a method has; the others have the first alone."""
+"""Number of teachers of a method; the others have only the first."""
 
 TRAINING = [
     "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32", "--epochs", "30",
@@ -87,7 +87,7 @@ TRAINING = [
 
 
 def rows(table: Table, methods: list[str]) -> list[list[str]]:
-    """Mean and deviation of the seeds, with the interval that this many test images leave around the mean."""
+    """Return a row for each method: mean and std of the seeds, with the interval for n test images."""
     base = table.accuracies(PAIR, "none")
     made = []
     for name in methods:
@@ -97,14 +97,14 @@ def rows(table: Table, methods: list[str]) -> list[list[str]]:
             continue
         done = table.results(PAIR, name)
         gain = f"{statistics.mean(values) - statistics.mean(base):+.2f}" if base else "–"
-        rate = statistics.median([one["images_per_second"] for one in done])
+        rate = statistics.median([result["images_per_second"] for result in done])
         around = interval(values, done[0]["n"])
         made.append([name, spoken(values), around, gain, f"{rate:.0f}", str(len(values))])
     return made
 
 
 def protocol(about: str | None, seeds: str) -> argparse.ArgumentParser:
-    """The options of an experiment by this protocol."""
+    """Return the parser of an experiment by this protocol."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder with train/ and test/")
     parser.add_argument(
@@ -114,15 +114,15 @@ def protocol(about: str | None, seeds: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", default=seeds, help=f"comma-separated [default: {seeds}]")
-    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command resumes")
     return parser
 
 
 def teachers(options: argparse.Namespace, count: int) -> list[str]:
-    """The first ``count`` teachers and the data, as options of the command.
+    """Return the first ``count`` teachers and the data as options of the command.
 
     Raises:
-        SystemExit: there are not so many weights, or of other networks.
+        SystemExit: there are too few weights, or they are of other networks.
     """
     files = options.weights.split(",")
     if len(files) < count:

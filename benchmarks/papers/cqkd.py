@@ -1,6 +1,6 @@
 """CQKD on photos: a student of half the teacher's image size, by temperature, with and without the teacher.
 
-Teacher resnet34 looking at 128 pixels, student mobilenetv2 from scratch at 64, 40 epochs; KD with w = 0.5 as
+Teacher resnet34 at 128 pixels, student mobilenetv2 from scratch at 64, 40 epochs; KD with w = 0.5 as
 in the paper. Accuracy and calibration are those of the files that ship, on the test images. The paper's claim
 (Čuk et al., 2023, on ImageNet): a higher temperature lowers the student's ECE and raises its accuracy.
 
@@ -28,24 +28,24 @@ METHODS = {
 
 
 def rows(table: Table) -> list[list[str]]:
-    """Accuracy of both files and the fp32 file's calibration; intervals are those of the first seed."""
+    """Return accuracy of both files and calibration of fp32; intervals are those of the first seed."""
     made = []
     for name in METHODS:
         done = [table.done[c.name] for c in table.cells if c.method == name and c.name in table.done]
         if not done:
             made.append([name, *["–"] * 7, "0"])
             continue
-        first, calibrated = done[0], [one["calibration"] for one in done]
+        first, calibrated = done[0], [result["calibration"] for result in done]
         made.append(
             [
                 name,
-                spoken([one["top1"] for one in done]),
+                spoken([result["top1"] for result in done]),
                 f"{first['low']:.1f} to {first['high']:.1f}",
-                spoken([one["int8"]["percent"] for one in done]),
-                spoken([one["ece"] for one in calibrated]),
+                spoken([result["int8"]["percent"] for result in done]),
+                spoken([result["ece"] for result in calibrated]),
                 f"{calibrated[0]['ece_low']:.1f} to {calibrated[0]['ece_high']:.1f}",
-                spoken([one["entropy"] for one in calibrated]),
-                spoken([one["nll"] for one in calibrated]),
+                spoken([result["entropy"] for result in calibrated]),
+                spoken([result["nll"] for result in calibrated]),
                 str(len(done)),
             ]
         )
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--teacher-weights", required=True, help="resnet34's, trained on this data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
-    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command resumes")
     options = parser.parse_args()
     teacher = ["--teacher-weights", options.teacher_weights, "--data", options.data]
     table = Table(

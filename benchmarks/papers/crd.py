@@ -1,10 +1,11 @@
-"""The CRD benchmark: pairs × methods × seeds on CIFAR-100 by the papers' recipes, beside the published figures.
+"""The CRD benchmark: pairs × methods × seeds on CIFAR-100 by the papers' recipes, with published values.
 
-    python -m benchmarks.papers.crd --data cifar100/ --out runs/crd --pairs wrn40-2:16-2,r56:r20 --methods none,kd,quest
+    python -m benchmarks.papers.crd --data cifar100/ --out runs/crd --pairs wrn40-2:16-2,r56:r20 \\
+        --methods none,kd,quest
 
-``--data`` is a folder with train/ and test/ of class folders. Each teacher is trained once; each cell is a job that
-goes on where it was stopped, so the work can be done in slices (``--budget 9m``) and on several machines, one after
-the other, from the same ``--out``.
+``--data`` is a folder with train/ and test/ of class folders. Each teacher is trained once. Each cell is a
+job that resumes where it was stopped, so the work can be done in slices (``--budget 9m``) and on several
+machines, one after the other, from the same ``--out``.
 """
 
 import argparse
@@ -12,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.cells import Cell, Table, markdown, run_and_write, spoken
 
-# name: (teacher, student, published: teacher, none, kd, quest, dkd, dist, wttm, itrd). Top-1 in percent, means of several seeds.
-# RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd), DIST_KD (dist), TTM (wttm),
-# ITRD (itrd). None for sdd.
+# name: (teacher, student, published: teacher, none, kd, quest, dkd, dist, wttm, itrd). Top-1 in percent,
+# means of several seeds. RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd),
+# DIST_KD (dist), TTM (wttm), ITRD (itrd). None for sdd.
 PAIRS: dict[str, tuple[str, str, dict[str, float]]] = {
     "r56:r20": (
         "cifar_resnet56",
@@ -157,7 +158,6 @@ RECIPES = {
     "sdd": "sdd-cifar100",
 }
 
-
 COLUMNS = ("pair", "method", "top-1, %", "published", "difference", "student's minutes", "seeds")
 
 
@@ -170,20 +170,18 @@ def main() -> None:
     parser.add_argument("--pairs", default=",".join(PAIRS), help="comma-separated [default: all]")
     parser.add_argument("--methods", default="none,kd,quest", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
-    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
-    parser.add_argument(
-        "--cache-views", help="fixed views whose answers by the teacher are stored [default: 0]"
-    )
+    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command resumes")
+    parser.add_argument("--cache-views", help="fixed views whose teacher outputs are cached [default: 0]")
     parser.add_argument("--cache-top", help="words of QuEST's targets that are stored")
     parser.add_argument("--epochs", help="other than the recipes' 240, for a trial")
     parser.add_argument("--device", help="as of compress")
     parser.add_argument("--precision", help="as of compress")
     options = parser.parse_args()
     pairs, chosen = options.pairs.split(","), options.methods.split(",")
-    for known, given in ((PAIRS, pairs), (RECIPES, chosen)):
-        for name in given:
-            if name not in known:
-                raise SystemExit(f"there is no '{name}'; there are {', '.join(known)}")
+    for valid, requested in ((PAIRS, pairs), (RECIPES, chosen)):
+        for name in requested:
+            if name not in valid:
+                raise SystemExit(f"there is no '{name}'; there are {', '.join(valid)}")
     common = ["--data", options.data]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
@@ -237,9 +235,9 @@ def build_rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[s
         teacher, _, published = PAIRS[pair]
         for name in ("teacher", *chosen):
             values = table.accuracies(teacher if name == "teacher" else pair, name)
-            known = published.get(name)
+            reference = published.get(name)
             mean = sum(values) / len(values) if values else None
-            difference = f"{mean - known:+.2f}" if mean is not None and known is not None else "–"
+            difference = f"{mean - reference:+.2f}" if mean is not None and reference is not None else "–"
             minutes = [
                 table.done[cell.name]["stage_seconds"]["student"] / 60
                 for cell in table.cells
@@ -250,7 +248,7 @@ def build_rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[s
                     pair,
                     name,
                     spoken(values),
-                    "–" if known is None else f"{known:.2f}",
+                    "–" if reference is None else f"{reference:.2f}",
                     difference,
                     f"{sum(minutes) / len(minutes):.1f}" if minutes else "–",
                     str(len(values)),

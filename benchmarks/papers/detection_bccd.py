@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="train.json beside val.json and test.json")
+    parser.add_argument("--data", required=True, help="train.json next to val.json and test.json")
     parser.add_argument("--head", default="retinanet", help="kind of detector [default: retinanet]")
     parser.add_argument("--teacher-weights", required=True, help="of tf_efficientnet_lite2")
     parser.add_argument("--student", default="mobilenetv2_050", help="backbone [default: mobilenetv2_050]")

@@ -1,7 +1,7 @@
-"""How often the interval of an ECE holds the true value: networks of known honesty, drawn many times.
+"""Coverage of the interval of an ECE: networks of known calibration, drawn many times.
 
 An image has probabilities softmax(z) of ten classes, z ~ N(0, 2²), and its label is drawn from them; a
-network says softmax(s·z), which is honest with s = 1. The true ECE is that of many images.
+network predicts softmax(s·z), which is calibrated with s = 1. The true ECE is that of many images.
 
     python -m benchmarks.papers.ece_interval
 """
@@ -18,8 +18,8 @@ CLASSES = 10
 MANY = 400_000
 
 
-def drawn(rng: np.random.Generator, n: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [n,classes] that a network says, and labels [n]."""
+def draw(rng: np.random.Generator, n: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits [n,classes] of a network, and labels [n]."""
     z = rng.normal(0, 2, (n, CLASSES))
     labels = (softmax(z).cumsum(1) < rng.random((n, 1))).sum(1).clip(max=CLASSES - 1)
     return scale * z, labels
@@ -31,17 +31,17 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--images", default="179,1000", help="comma-separated [default: 179,1000]")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     for scale in (1.0, 1.25, 2.0):
         rng = np.random.default_rng(0)
-        large = measure(*drawn(rng, MANY, scale), Softmax())
+        large = measure(*draw(rng, MANY, scale), Softmax())
         assert large is not None
         truth = 0.0 if scale == 1 else large.ece
-        for n in map(int, given.images.split(",")):
-            found = [measure(*drawn(rng, n, scale), Softmax()) for _ in range(given.trials)]
-            held = [one is not None and one.ece_low <= truth <= one.ece_high for one in found]
-            low, high = np.percentile([one.ece for one in found if one is not None], (2.5, 97.5))
+        for n in map(int, options.images.split(",")):
+            results = [measure(*draw(rng, n, scale), Softmax()) for _ in range(options.trials)]
+            held = [result is not None and result.ece_low <= truth <= result.ece_high for result in results]
+            low, high = np.percentile([result.ece for result in results if result is not None], (2.5, 97.5))
             shown = f"{low:.1f} to {high:.1f}"
             rows.append([f"{scale:g}", f"{truth:.1f}", f"{n:,}", shown, f"{100 * np.mean(held):.0f} %"])
     columns = ["s", "true ECE, %", "images", "95 of 100 ECEs measured, %", "intervals that hold the true one"]

@@ -39,8 +39,8 @@ TEACHER, STUDENT = "#1f6feb", "#d2691e"
 
 
 @dataclass
-class Seen:
-    """What a run's networks see of the val role: pixels uint8 [n,3,S,S], and for each of the h·w positions
+class Outputs:
+    """Outputs of a run's networks for the val role: pixels uint8 [n,3,S,S], and for each of the h·w positions
     of each image p_T and p_S [n,h·w,K] and the squared distances to the words [n,h·w,K].
     """
 
@@ -52,7 +52,7 @@ class Seen:
 
 
 @torch.no_grad()
-def look(run: Path, cache: Path | None) -> Seen:
+def compute_outputs(run: Path, cache: Path | None) -> Outputs:
     folder = RunFolder(run, writes=False)
     folder.open(fresh=False)
     chosen, images = resolve(read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache}))
@@ -98,7 +98,7 @@ def look(run: Path, cache: Path | None) -> Seen:
             distances.append(squared.view(n, places, -1))
             p_t.append((-squared / term.tau).softmax(1).view(n, places, -1))
             p_s.append((term.gamma * cosine).softmax(1).view(n, places, -1))
-    return Seen(for_student, term.grid, torch.cat(p_t), torch.cat(p_s), torch.cat(distances))
+    return Outputs(for_student, term.grid, torch.cat(p_t), torch.cat(p_s), torch.cat(distances))
 
 
 def photo(pixels: Tensor, side: int) -> Image.Image:
@@ -106,56 +106,56 @@ def photo(pixels: Tensor, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def colour(word: int) -> tuple[int, int, int]:
+def word_color(word: int) -> tuple[int, int, int]:
     r, g, b = colorsys.hsv_to_rgb((word * 0.618034) % 1, 0.55, 0.95)
     return int(255 * r), int(255 * g), int(255 * b)
 
 
-def cell(seen: Seen, place: int, side: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a position in a square picture."""
-    h, w = seen.grid
+def cell(outputs: Outputs, place: int, side: int) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom) of a position in a square picture."""
+    h, w = outputs.grid
     y, x = divmod(place, w)
     return x * side / w, y * side / h, (x + 1) * side / w, (y + 1) * side / h
 
 
-def patches(seen: Seen, word: int, without: int) -> list[Image.Image]:
-    """The nearest positions of different images, each with half a cell's surround on every side."""
-    found = []
-    best, places = seen.distances[:, :, word].min(1)
+def patches(outputs: Outputs, word: int, without: int) -> list[Image.Image]:
+    """Crop the nearest positions of different images, each with half a cell's surround on every side."""
+    crops = []
+    best, places = outputs.distances[:, :, word].min(1)
     for image in best.argsort().tolist():
-        if image != without and len(found) < PATCHES:
+        if image != without and len(crops) < PATCHES:
             side = 4 * PHOTO
-            left, top, right, _ = cell(seen, int(places[image]), side)
+            left, top, right, _ = cell(outputs, int(places[image]), side)
             around = (right - left) / 2
             # At the picture's edge the surround lies on one side.
-            x, y = (min(max(one - around, 0), side - 4 * around) for one in (left, top))
-            box = tuple(round(one) for one in (x, y, x + 4 * around, y + 4 * around))
-            found.append(photo(seen.pixels[image], side).crop(box).resize((PATCH, PATCH)))
-    return found
+            x, y = (min(max(edge - around, 0), side - 4 * around) for edge in (left, top))
+            box = tuple(round(edge) for edge in (x, y, x + 4 * around, y + 4 * around))
+            crops.append(photo(outputs.pixels[image], side).crop(box).resize((PATCH, PATCH)))
+    return crops
 
 
-def draw(seen: Seen, image: int, place: int) -> Image.Image:
-    words = seen.p_t[image, place].topk(WORDS).indices.tolist()
+def draw(outputs: Outputs, image: int, place: int) -> Image.Image:
+    words = outputs.p_t[image, place].topk(WORDS).indices.tolist()
     width, height = 3 * PHOTO + 220, max(PHOTO + 120, WORDS * ROW + 130)
     canvas = Image.new("RGB", (width, height), PAPER)
     pen, text, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
-    marked = cell(seen, place, PHOTO)
-    base = photo(seen.pixels[image], PHOTO)
+    marked = cell(outputs, place, PHOTO)
+    base = photo(outputs.pixels[image], PHOTO)
 
     def frame(left: int, title: str, about: Sequence[str]) -> None:
         pen.text((left, 12), title, INK, text)
         for n, line in enumerate(about):
             pen.text((left, 36 + PHOTO + 10 + 16 * n), line, FAINT, small)
 
-    h, w = seen.grid
+    h, w = outputs.grid
     frame(16, "a photo", [f"{h} by {w} positions of the last map;", "one of them marked"])
     canvas.paste(base, (16, 36))
     frame(32 + PHOTO, "the teacher’s words", ["the nearest word at each position,", "by number and color"])
     canvas.paste(base.convert("L").convert("RGB"), (32 + PHOTO, 36))
     for n in range(h * w):
-        word = int(seen.p_t[image, n].argmax())
-        box = cell(seen, n, PHOTO)
-        tint = Image.new("RGB", (round(box[2] - box[0]), round(box[3] - box[1])), colour(word))
+        word = int(outputs.p_t[image, n].argmax())
+        box = cell(outputs, n, PHOTO)
+        tint = Image.new("RGB", (round(box[2] - box[0]), round(box[3] - box[1])), word_color(word))
         at = (round(32 + PHOTO + box[0]), round(36 + box[1]))
         under = canvas.crop((*at, at[0] + tint.width, at[1] + tint.height))
         canvas.paste(Image.blend(under, tint, 0.55), at)
@@ -164,35 +164,35 @@ def draw(seen: Seen, image: int, place: int) -> Image.Image:
         pen.rectangle(
             (left + marked[0], 36 + marked[1], left + marked[2], 36 + marked[3]), outline="#d1242f", width=3
         )
-    bars(canvas, pen, seen, image, place, words, 48 + 2 * PHOTO)
+    bars(canvas, pen, outputs, image, place, words, 48 + 2 * PHOTO)
     return canvas
 
 
 def bars(
     canvas: Image.Image,
     pen: ImageDraw.ImageDraw,
-    seen: Seen,
+    outputs: Outputs,
     image: int,
     place: int,
     words: Sequence[int],
     left: int,
 ) -> None:
-    """p_T and p_S of the marked position, word by word, with the patches nearest to each."""
+    """Draw p_T and p_S of the marked position for each word, with the patches nearest to it."""
     text, small = ImageFont.load_default(15), ImageFont.load_default(12)
     pen.text((left, 12), "p_T and p_S at the marked position", INK, text)
     at, room = left + 60 + PATCHES * (PATCH + 4), 190
-    most = float(max(seen.p_t[image, place].max(), seen.p_s[image, place].max()))
+    most = float(max(outputs.p_t[image, place].max(), outputs.p_s[image, place].max()))
     for n, word in enumerate(words):
         top = 36 + n * ROW
-        pen.rectangle((left, top, left + 48, top + PATCH), fill=colour(word))
+        pen.rectangle((left, top, left + 48, top + PATCH), fill=word_color(word))
         pen.text((left + 6, top + 16), str(word), INK, small)
-        for i, patch in enumerate(patches(seen, word, image)):
+        for i, patch in enumerate(patches(outputs, word, image)):
             canvas.paste(patch, (left + 54 + i * (PATCH + 4), top))
-        for i, (p, ink) in enumerate(((seen.p_t, TEACHER), (seen.p_s, STUDENT))):
-            share = float(p[image, place, word])
+        for i, (p, ink) in enumerate(((outputs.p_t, TEACHER), (outputs.p_s, STUDENT))):
+            fraction = float(p[image, place, word])
             y = top + 4 + 21 * i
-            pen.rectangle((at, y, at + max(1.0, room * share / most), y + 17), fill=ink)
-            pen.text((at + room * share / most + 5, y + 1), f"{100 * share:.0f} %", INK, small)
+            pen.rectangle((at, y, at + max(1.0, room * fraction / most), y + 17), fill=ink)
+            pen.text((at + room * fraction / most + 5, y + 1), f"{100 * fraction:.0f} %", INK, small)
     y = 36 + len(words) * ROW + 10
     for line, ink in (
         ("p_T, the teacher: soft assignment to the nearest words", TEACHER),
@@ -213,15 +213,15 @@ def main() -> None:
     parser.add_argument("--place", type=int, help="number of the position [default: where both agree most]")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/quest.png"))
-    asked = parser.parse_args()
-    seen = look(asked.run, asked.cache)
-    agree = torch.minimum(seen.p_t, seen.p_s).sum(2)  # what the two distributions have in common
-    image = int(agree.mean(1).argmax()) if asked.image is None else asked.image
-    entropy = -(seen.p_t * seen.p_t.clamp_min(1e-9).log()).sum(2)
+    options = parser.parse_args()
+    outputs = compute_outputs(options.run, options.cache)
+    agree = torch.minimum(outputs.p_t, outputs.p_s).sum(2)  # what the two distributions have in common
+    image = int(agree.mean(1).argmax()) if options.image is None else options.image
+    entropy = -(outputs.p_t * outputs.p_t.clamp_min(1e-9).log()).sum(2)
     # Of the agreed positions one where the teacher is undecided: a single bar shows nothing.
-    place = int((agree[image] * entropy[image]).argmax()) if asked.place is None else asked.place
-    draw(seen, image, place).save(asked.out, optimize=True)
-    print(f"{asked.out}: image {image}, position {place} of {seen.grid[0]} × {seen.grid[1]}")
+    place = int((agree[image] * entropy[image]).argmax()) if options.place is None else options.place
+    draw(outputs, image, place).save(options.out, optimize=True)
+    print(f"{options.out}: image {image}, position {place} of {outputs.grid[0]} × {outputs.grid[1]}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.allocator --networks mobilenetv2_100,resnet50 --size 64 --steps 20 --pairs 3
 
-Each measurement is a process of its own, in turns with and without (QUESTPRESS_ALLOCATOR=system): random
+Each measurement is a separate process, in turns with and without (QUESTPRESS_ALLOCATOR=system): random
 images and weights, AdamW (fused), one thread, the default precision. The table has medians of processes:
 images per second of wall time and of processor time, page faults per step, and the peak of resident memory;
 and the ratio of processor time of each pair, system over kept: above 1, keeping memory is faster.

@@ -58,8 +58,8 @@ def run(pair: str, subject: str, options: argparse.Namespace) -> dict[str, Any]:
             rounds=options.rounds,
             threads=options.threads,
             seed=options.seed,
-            synchronise=throughput.wait_for_device(options.device),
-            tell=throughput.say,
+            synchronize=throughput.wait_for_device(options.device),
+            log=throughput.log,
         )
     over = [Comparison(mode, "rate", mode, (EAGER,)) for mode in losses if mode != EAGER]
     return {
@@ -74,11 +74,11 @@ def run(pair: str, subject: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     """Return the table of a subject in Markdown."""
-    losses = found["losses"]
+    losses = result["losses"]
     ratios = {
-        row["text"]: f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in found["ratios"]
+        row["text"]: f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in result["ratios"]
     }
     rows = [
         [
@@ -88,21 +88,21 @@ def text(found: dict[str, Any]) -> str:
             f"{losses[row['subject']]:.6f}",
             f"{losses[row['subject']] / losses[EAGER] - 1:+.1e}" if EAGER in losses else "",
         ]
-        for row in found["rates"]
+        for row in result["rates"]
     ]
-    rows += [[mode, "failed", reason.replace("|", "/"), "", ""] for mode, reason in found["failed"].items()]
+    rows += [[mode, "failed", reason.replace("|", "/"), "", ""] for mode, reason in result["failed"].items()]
     columns = ["mode", "images/s", f"over {EAGER}", f"loss of {STEPS} steps", "difference"]
-    return f"### {found['pair']}, {found['subject']}: {found['engine']}\n\n{markdown(columns, rows)}"
+    return f"### {result['pair']}, {result['subject']}: {result['engine']}\n\n{markdown(columns, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = throughput.parse(arguments)
     warnings.filterwarnings("ignore", module=r"torch\.utils\.data")
     use_threads(options.threads)
-    found = [run(pair, subject, options) for pair in options.pairs for subject in options.subjects]
-    print("\n".join(map(text, found)))
+    results = [run(pair, subject, options) for pair in options.pairs for subject in options.subjects]
+    print("\n".join(map(text, results)))
     if options.out:
-        write_json(options.out, json.loads(json.dumps({**throughput.about(options), "compiled": found})))
+        write_json(options.out, json.loads(json.dumps({**throughput.about(options), "compiled": results})))
 
 
 if __name__ == "__main__":

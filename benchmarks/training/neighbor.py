@@ -153,8 +153,8 @@ def main() -> None:
                     load = busy_loop(last) if is_busy else nullcontext()
                     with load, use_cores(cores), fix_threads(len(cores)):
                         measured.append(measure(phases[len(cores)][name], options.seconds))
-            alone, beside, fewer = map(median, rates)
-            rows.append([name, f"{alone:,.0f}", f"{beside:,.0f}", f"{100 * beside / alone:.0f}",
+            alone, shared, fewer = map(median, rates)
+            rows.append([name, f"{alone:,.0f}", f"{shared:,.0f}", f"{100 * shared / alone:.0f}",
                          f"{fewer:,.0f}", f"{100 * fewer / alone:.0f}"])  # fmt: skip
             print(*rows[-1], file=sys.stderr, flush=True)
     print(markdown(heads, rows))

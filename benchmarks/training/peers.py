@@ -71,7 +71,7 @@ class Feed(Iterator[Any]):
 
 
 class Equipped(nn.Module):
-    """A network with its normalisation, in an engine's precision and a layout: uint8 views in, logits out."""
+    """A network with its normalization, in an engine's precision and a layout: uint8 views in, logits out."""
 
     mean: Tensor
     std: Tensor
@@ -84,7 +84,7 @@ class Equipped(nn.Module):
         for key in ("mean", "std"):
             values = torch.tensor(getattr(geometry, key)).view(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
-        # What timm's task asks both for; the same for both networks: nothing is left to normalise.
+        # timm's task reads these of both networks; they are equal, so nothing is left to normalize.
         self.pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
     def forward(self, views: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def torchdistill(setting: Setting, like_ours: bool | None, held: ExitStack) -> t
     if like_ours is None:
         feed = Feed(logger.log_every(box.train_data_loader, 1000, "Epoch: [0]"))
         held.callback(feed.close)
-    batches: Iterator[Any] = feed or ((one.pixels, one.labels, {}) for one in setting.stream())
+    batches: Iterator[Any] = feed or ((batch.pixels, batch.labels, {}) for batch in setting.stream())
 
     def step() -> None:
         images, labels, more = next(batches)
@@ -247,7 +247,7 @@ def timm(setting: Setting, like_ours: bool | None, held: ExitStack) -> tuple[Cal
     if like_ours is None:
         feed = Feed(_timm_loader(setting, device))
         held.callback(feed.close)
-    batches: Iterator[Any] = feed or ((one.pixels, one.labels) for one in setting.stream())
+    batches: Iterator[Any] = feed or ((batch.pixels, batch.labels) for batch in setting.stream())
 
     def step() -> None:
         images, labels = next(batches)

@@ -1,4 +1,4 @@
-"""Images for timing: made up where none are given, and as other packages' users read them."""
+"""Images for timing: made up if none are given, and as other packages' users read them."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ GRAIN = 9
 
 
 def made_up(count: int, classes: int, side: int | None, seed: int = 0) -> ImageSet:
-    """Smooth colours with grain: arrays of ``side`` pixels, or JPEG photographs where ``side`` is None."""
+    """Return smooth colors with grain: arrays of ``side`` pixels, or JPEG photographs if ``side`` is None."""
     rng = np.random.default_rng(seed)
     images = []
     for index in range(count):

@@ -28,17 +28,17 @@ Step = Callable[[], None]
 
 
 def settings(engine: Engine, compiled: bool) -> Iterator[Engine]:
-    """The engines to compare, all on one device."""
+    """Yield the engines to compare, all on one device."""
     precisions = ("fp32", "bf16") if bf16_pays(engine.device) else ("fp32",)
     for precision in precisions:
-        one = replace(engine, precision=precision)
-        yield from (one, replace(one, layout="contiguous"))
+        candidate = replace(engine, precision=precision)
+        yield from (candidate, replace(candidate, layout="contiguous"))
         if compiled:
-            yield replace(one, compile="default")
+            yield replace(candidate, compile="default")
 
 
 def training(name: str, size: int, batch: int, engine: Engine) -> Step:
-    """A supervised step that reads what QuEST reads."""
+    """Return a supervised step that reads what QuEST reads."""
     readouts, images = _laid_out(
         Readouts(build(name, num_classes=10, image_size=size, seed=0)), size, batch, engine
     )
@@ -57,7 +57,7 @@ def training(name: str, size: int, batch: int, engine: Engine) -> Step:
 
 
 def inference(name: str, size: int, batch: int, engine: Engine, *, folded: bool = False) -> Step:
-    """A frozen network's readouts."""
+    """Return a step that computes a frozen network's readouts."""
     network = build(name, num_classes=10, image_size=size, seed=0).eval()
     if folded:
         network = fold_batch_norm(network, torch.randn(1, 3, size, size))
@@ -86,7 +86,7 @@ def timed(step: Step, device: str) -> float:
 
 
 def race(steps: list[Step], device: str, seconds: float) -> list[tuple[float, float]]:
-    """(seconds of its fastest step, seconds of its first one) of each, taken in turns for so long in all."""
+    """Run steps in turns for ``seconds`` in all; return (fastest, first) in seconds of each."""
     first = [timed(step, device) for step in steps]
     taken: list[list[float]] = [[] for _ in steps]
     started = time.perf_counter()
@@ -123,22 +123,22 @@ def main() -> None:
 def students(name: str, options: argparse.Namespace, rule: Engine) -> None:
     engines = list(settings(rule, options.compile))
     sizes = options.size, options.batch
-    trains = race([training(name, *sizes, one) for one in engines], rule.device, options.seconds)
-    infers = race([inference(name, *sizes, one) for one in engines], rule.device, options.seconds)
-    for engine, (taken, first), (answers, _) in zip(engines, trains, infers, strict=True):
+    trains = race([training(name, *sizes, engine) for engine in engines], rule.device, options.seconds)
+    infers = race([inference(name, *sizes, engine) for engine in engines], rule.device, options.seconds)
+    for engine, (trained, first), (inferred, _) in zip(engines, trains, infers, strict=True):
         compiled = engine.compile != "off"
         print(
             f"| {name} | {engine.precision} | {engine.layout.replace('_', ' ')} "
             f"| {'yes' if compiled else ''} "
-            f"| {options.batch / taken:.0f} | {f'{first - taken:.0f}' if compiled else ''} "
-            f"| {options.batch / answers:.0f} | {'yes' if engine == rule else ''} |",
+            f"| {options.batch / trained:.0f} | {f'{first - trained:.0f}' if compiled else ''} "
+            f"| {options.batch / inferred:.0f} | {'yes' if engine == rule else ''} |",
             flush=True,
         )
 
 
 def teachers(name: str, options: argparse.Namespace, rule: Engine) -> None:
     kinds = [
-        (one, folded) for one in settings(rule, options.compile) if one.layout != "contiguous"
+        (engine, folded) for engine in settings(rule, options.compile) if engine.layout != "contiguous"
         for folded in (False, True)
     ]  # fmt: skip
     sizes = options.size, options.batch

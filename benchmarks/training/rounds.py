@@ -18,7 +18,7 @@ from questpress.export.results import Speedup
 from benchmarks.cells import markdown
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     pass
 
 
@@ -26,15 +26,15 @@ def nothing() -> None:
 class Subject:
     """Something that trains. A ``step`` takes ``images`` images and may leave work running on the device.
 
-    ``begin`` and ``end`` stand around each of its blocks, untimed: processes that work for the subject beside
-    its steps rest in between, so that they neither disturb the others nor work ahead.
+    ``begin`` and ``end`` are called around each of its blocks, untimed: worker processes of the subject pause
+    between its blocks, so that they neither disturb the others nor work ahead.
     """
 
     name: str
     images: int
     step: Callable[[], Any]
-    begin: Callable[[], None] = nothing
-    end: Callable[[], None] = nothing
+    begin: Callable[[], None] = do_nothing
+    end: Callable[[], None] = do_nothing
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Comparison:
     """A row of the table of ratios: how much time ``subject`` takes, or how high its rate is.
 
     ``baseline`` names what it is compared with; of several the times are added. ``goal`` is the most time or
-    the least rate asked for.
+    the least rate to reach.
     """
 
     text: str
@@ -59,26 +59,26 @@ def measure(
     rounds: int,
     threads: int,
     seed: int = 0,
-    synchronise: Callable[[], None] = nothing,
-    tell: Callable[[str], None] = lambda _: None,
+    synchronize: Callable[[], None] = do_nothing,
+    log: Callable[[str], None] = lambda _: None,
 ) -> list[Samples]:
-    """Milliseconds an image of each subject, one sample a round.
+    """Return milliseconds per image of each subject, one sample a round.
 
     Args:
         seconds: of timed steps for each subject, about; a block has at least one step.
         threads: what the process was given; recorded.
-        synchronise: waits for the device.
+        synchronize: waits for the device.
     """
     steps = []
     for subject in subjects:
-        tell(f"warming up {subject.name}")
-        steps.append(_warm_up(subject, seconds / rounds, synchronise))
+        log(f"warming up {subject.name}")
+        steps.append(_warm_up(subject, seconds / rounds, synchronize))
     blocks: list[list[np.ndarray]] = [[] for _ in subjects]
     rng = np.random.default_rng(seed)
     for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
+        log(f"round {number + 1} of {rounds}")
         for index in rng.permutation(len(subjects)):
-            spent = _block(subjects[index], steps[index], synchronise)
+            spent = _block(subjects[index], steps[index], synchronize)
             blocks[index].append(np.array([1000 * spent / (steps[index] * subjects[index].images)]))
     return [
         Samples(subject.name, threads, of_subject)
@@ -86,24 +86,24 @@ def measure(
     ]
 
 
-def _warm_up(subject: Subject, window: float, synchronise: Callable[[], None]) -> int:
-    """Run until a block lasts as long as it should; how many steps that are."""
-    _block(subject, 1, synchronise)
+def _warm_up(subject: Subject, window: float, synchronize: Callable[[], None]) -> int:
+    """Run until a block lasts as long as it should; return its number of steps."""
+    _block(subject, 1, synchronize)
     steps = 1
-    while (spent := _block(subject, steps, synchronise)) < window:
+    while (spent := _block(subject, steps, synchronize)) < window:
         steps *= 2
     return max(1, round(steps * window / spent))
 
 
-def _block(subject: Subject, steps: int, synchronise: Callable[[], None]) -> float:
-    """Seconds of so many steps."""
+def _block(subject: Subject, steps: int, synchronize: Callable[[], None]) -> float:
+    """Return the seconds of a number of steps."""
     subject.begin()
     try:
-        synchronise()
+        synchronize()
         started = time.perf_counter()
         for _ in range(steps):
             subject.step()
-        synchronise()
+        synchronize()
         return time.perf_counter() - started
     finally:
         subject.end()
@@ -112,58 +112,58 @@ def _block(subject: Subject, steps: int, synchronise: Callable[[], None]) -> flo
 def compare(
     timed: Iterable[Samples], comparisons: Iterable[Comparison], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """The ratios whose subjects were all measured, each with a 95 % interval and whether it is as asked for.
+    """Return the ratios whose subjects were all measured, each with a 95 % interval and its goal.
 
-    ``reached`` is None where the interval holds the goal.
+    ``reached`` is None if the interval holds the goal.
     """
-    by_name = {one.subject: one for one in timed}
+    by_name = {samples.subject: samples for samples in timed}
     rows = []
-    for asked in comparisons:
-        if not {asked.subject, *asked.baseline} <= set(by_name):
+    for comparison in comparisons:
+        if not {comparison.subject, *comparison.baseline} <= set(by_name):
             continue
-        subject, baseline = by_name[asked.subject], _sum([by_name[name] for name in asked.baseline])
-        found = (
+        subject, baseline = by_name[comparison.subject], _sum([by_name[name] for name in comparison.baseline])
+        speedup = (
             compute_speedup(subject, baseline, seed=seed)
-            if asked.kind == "rate"
+            if comparison.kind == "rate"
             else compute_speedup(baseline, subject, seed=seed)
         )
         rows.append(
             {
-                **asdict(asked),
-                "ratio": found.ratio,
-                "low": found.low,
-                "high": found.high,
-                "reached": _reached(asked, found),
+                **asdict(comparison),
+                "ratio": speedup.ratio,
+                "low": speedup.low,
+                "high": speedup.high,
+                "reached": _reached(comparison, speedup),
             }
         )
     return rows
 
 
-def _reached(asked: Comparison, found: Speedup) -> bool | None:
-    if asked.goal is None or found.low < asked.goal < found.high:
+def _reached(comparison: Comparison, speedup: Speedup) -> bool | None:
+    if comparison.goal is None or speedup.low < comparison.goal < speedup.high:
         return None
-    return found.ratio >= asked.goal if asked.kind == "rate" else found.ratio <= asked.goal
+    return speedup.ratio >= comparison.goal if comparison.kind == "rate" else speedup.ratio <= comparison.goal
 
 
 def _sum(parts: Sequence[Samples]) -> Samples:
-    """The times of a round added up."""
+    """Add up the times of each round."""
     if len(parts) == 1:
         return parts[0]
-    samples = np.sum([one.ms for one in parts], axis=0)
-    name = " + ".join(one.subject for one in parts)
+    samples = np.sum([part.ms for part in parts], axis=0)
+    name = " + ".join(part.subject for part in parts)
     return Samples(name, parts[0].threads, [samples[[index]] for index in range(len(samples))])
 
 
 def rates(timed: Iterable[Samples], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
-    """Images a second: the median over the rounds, a bootstrap 95 % interval of it, and each round's."""
+    """Return images per second: median over the rounds, bootstrap 95 % interval, and each round."""
     rows = []
-    for one in timed:
-        of_round = 1000 / one.ms
+    for samples in timed:
+        of_round = 1000 / samples.ms
         drawn = np.random.default_rng(seed).integers(0, len(of_round), (resamples, len(of_round)))
         low, high = np.percentile(np.median(of_round[drawn], axis=1), [2.5, 97.5])
         rows.append(
             {
-                "subject": one.subject,
+                "subject": samples.subject,
                 "images_per_second": float(np.median(of_round)),
                 "low": float(low),
                 "high": float(high),
@@ -188,7 +188,7 @@ def rates_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def ratios_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    said = {True: "yes", False: "no", None: "undecided"}
+    labels = {True: "yes", False: "no", None: "undecided"}
     return markdown(
         ["ratio", "of", "value", "95 % interval", "goal", "reached"],
         [
@@ -198,7 +198,7 @@ def ratios_table(rows: Iterable[Mapping[str, Any]]) -> str:
                 f"{row['ratio']:.2f}",
                 f"{row['low']:.2f} to {row['high']:.2f}",
                 "" if row["goal"] is None else f"{'≥' if row['kind'] == 'rate' else '≤'} {row['goal']:.2f}",
-                "" if row["goal"] is None else said[row["reached"]],
+                "" if row["goal"] is None else labels[row["reached"]],
             ]
             for row in rows
         ],
@@ -206,5 +206,5 @@ def ratios_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits at least: 12.3, 123, 1234."""
+    """Format with three digits at least: 12.3, 123, 1234."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

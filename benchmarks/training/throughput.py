@@ -1,4 +1,4 @@
-"""What distillation costs: images a second of our steps and of other packages' on the same pairs.
+"""Throughput of distillation: images a second of our steps and of other packages' on the same pairs.
 
     python -m benchmarks.training.throughput --pairs resnet56-resnet20 --seconds 20 --out throughput.json
     python -m benchmarks.training.throughput --device cuda
@@ -40,8 +40,8 @@ from benchmarks.training.rounds import (
     Comparison,
     Subject,
     compare,
+    do_nothing,
     measure,
-    nothing,
     rates,
     rates_table,
     ratios_table,
@@ -93,11 +93,11 @@ STORED = [f"{method} stored{places}" for method, places in (("QuEST", ""), ("QuE
 ONLINE = [name.replace("stored", "online") for name in STORED]
 
 GOALS = {"torchdistill": {"stored": 3.0, "online": 1.6}}
-"""The least rates asked for of QuEST, against the package as its users get it."""
+"""The least rates that QuEST is to reach, against the package as its users get it."""
 
 
 def comparisons(names: Collection[str]) -> Iterator[Comparison]:
-    """The ratios to take of what was measured: ours, then those to each package and what makes them up."""
+    """Yield the ratios to compute: ours, then those to each package and what makes them up."""
     for name in STORED:
         yield Comparison(f"{name}, over supervised", "time", name, ("supervised",), 1.15)
     for name in ONLINE:
@@ -121,7 +121,7 @@ def comparisons(names: Collection[str]) -> Iterator[Comparison]:
 
 
 def subjects(setting: Setting, wanted: Sequence[str], held: ExitStack) -> Iterator[Subject]:
-    """Those whose names contain one of ``wanted``; ``held`` closes what they hold."""
+    """Yield those whose names contain one of ``wanted``; ``held`` closes what they hold."""
     for name, make in OURS.items():
         if _is_wanted(name, wanted):
             yield Subject(name, setting.batch, make(setting))
@@ -133,9 +133,9 @@ def subjects(setting: Setting, wanted: Sequence[str], held: ExitStack) -> Iterat
             try:
                 step, feed = of_package(setting, like_ours, held)
             except ImportError as error:
-                say(f"{package} is left out: {error}; pip install {package}.")
+                log(f"{package} is left out: {error}; pip install {package}.")
                 break
-            begin, end = (feed.begin, feed.end) if feed else (nothing, nothing)
+            begin, end = (feed.begin, feed.end) if feed else (do_nothing, do_nothing)
             yield Subject(name, setting.batch, step, begin, end)
 
 
@@ -144,7 +144,7 @@ def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time a pair; what was found."""
+    """Time a pair; return the results."""
     with ExitStack() as held:
         setting, source = build_setting(name, options, held)
         chosen = list(subjects(setting, options.subjects, held))
@@ -154,8 +154,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             rounds=options.rounds,
             threads=options.threads,
             seed=options.seed,
-            synchronise=wait_for_device(options.device),
-            tell=say,
+            synchronize=wait_for_device(options.device),
+            log=log,
         )
     return {
         "pair": name,
@@ -169,7 +169,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "timm": min(options.workers, peers.TIMM_WORKERS),
         },
         "rates": rates(timed, options.seed),
-        "ratios": compare(timed, comparisons({one.subject for one in timed}), options.seed),
+        "ratios": compare(timed, comparisons({samples.subject for samples in timed}), options.seed),
     }
 
 
@@ -201,7 +201,7 @@ def build_setting(name: str, options: argparse.Namespace, held: ExitStack) -> tu
 
 def wait_for_device(device: str) -> Callable[[], None]:
     """Return a function that waits until the device has nothing left to do."""
-    return torch.cuda.synchronize if device.startswith("cuda") else nothing
+    return torch.cuda.synchronize if device.startswith("cuda") else do_nothing
 
 
 def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
@@ -214,11 +214,11 @@ def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
 
 
 PATHS = ("out", "data", "teacher_weights")
-"""Options that say where something lies on this machine."""
+"""Options that are paths on this machine."""
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions and the options."""
+    """Return the machine, the versions and the options."""
     packages = ("torch", "torchvision", "timm", "torchdistill", "pillow", "numpy")
     return {
         "environment": asdict(environment()),
@@ -235,22 +235,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def text(found: dict[str, Any]) -> str:
-    """The tables of a pair, in Markdown."""
-    engines = found["engines"]
+def text(pair: dict[str, Any]) -> str:
+    """Return the tables of a pair, in Markdown."""
+    engines = pair["engines"]
     return "\n".join(
         [
-            f"### {found['teacher']} → {found['student']}, {found['size']} pixels, batch {found['batch']}\n",
-            f"{found['images']}; {found['words']} words; student: {engines['student']}; "
+            f"### {pair['teacher']} → {pair['student']}, {pair['size']} pixels, batch {pair['batch']}\n",
+            f"{pair['images']}; {pair['words']} words; student: {engines['student']}; "
             f"teacher: {engines['teacher']}.\n",
-            rates_table(found["rates"]),
-            ratios_table(found["ratios"]),
+            rates_table(pair["rates"]),
+            ratios_table(pair["ratios"]),
         ]
     )
 
 
-def say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.vocabulary --features 3200000 --channels 64 --words 4096
 
-Features are positive and clustered, as after a network's last ReLU: mixtures of 1,000 centres. CIFAR-100's
+Features are positive and clustered, as after a network's last ReLU: mixtures of 1,000 centers. CIFAR-100's
 50,000 images give 3.2 million at 8×8 positions.
 """
 
@@ -18,15 +18,15 @@ from questpress.export.runtime import allowed_cores
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
 from questpress.pipeline.runs.device import use_threads
 
-BATCH, SIDE, CENTRES = 256, 8, 1000
+BATCH, SIDE, CENTERS = 256, 8, 1000
 
 
 def maps(features: int, channels: int) -> Iterator[torch.Tensor]:
-    """Maps [B,C,8,8] until there are so many features."""
+    """Yield maps [B,C,8,8] with at least this number of features in all."""
     random = torch.Generator().manual_seed(0)
-    centres = torch.rand(CENTRES, channels, generator=random) * 3
+    centers = torch.rand(CENTERS, channels, generator=random) * 3
     for _ in range(-(-features // (BATCH * SIDE * SIDE))):
-        chosen = centres[torch.randint(0, CENTRES, (BATCH, SIDE, SIDE), generator=random)]
+        chosen = centers[torch.randint(0, CENTERS, (BATCH, SIDE, SIDE), generator=random)]
         noisy = chosen + torch.randn(chosen.shape, generator=random)
         yield noisy.relu().permute(0, 3, 1, 2)
 

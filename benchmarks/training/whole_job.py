@@ -5,8 +5,8 @@
     python -m benchmarks.training.whole_job --out runs/whole --students cifar_resnet20,cifar_resnet20 \\
         --teacher-weights none -- --teacher cifar_resnet56 --image-size 32 --epochs 10 --teacher-epochs 10
 
-What stands after -- goes to `compress`. Each student is one run of it in --out, all with one cache of their
-own, empty at the start; from the second on the teacher is the first run's file, and what the first left in
+What follows -- goes to `compress`. Each student is one run of it in --out, all with one shared
+cache, empty at the start; from the second on the teacher is the first run's file, and what the first left in
 the cache is used again. Seconds are the clock's around the command, and the report's of each stage. Memory is
 the peak of the largest process; written are the bytes of files that the command and its child processes
 changed, as Linux counts them (0 on tmpfs).
@@ -29,11 +29,11 @@ from benchmarks.cells import markdown
 TEACHER = "teacher.safetensors"
 
 
-def job(out: Path, student: str, weights: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """One run of the command, its teacher from ``weights``; its seconds.
+def run_job(out: Path, student: str, weights: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run the command with the teacher of ``weights``; return its results and costs.
 
     Raises:
-        SystemExit: it failed; what it said stands above.
+        SystemExit: it failed; its output is above.
     """
     command = [
         sys.executable, "-m", "questpress.pipeline", *arguments, "--student", student,
@@ -63,18 +63,18 @@ def job(out: Path, student: str, weights: str, arguments: Sequence[str]) -> dict
 
 
 def table(jobs: Sequence[dict[str, Any]]) -> str:
-    """Seconds of each stage and of all, other costs, and each run's fraction of the first's."""
+    """Return seconds of each stage and of all, other costs, and each run's fraction of the first's."""
     first, *others = jobs
     stages = list(first["stages"])
-    columns = [{**one["stages"], "by the clock": one["seconds"], **one["costs"]} for one in jobs]
-    names = [f"{number}: {one['student']}, s" for number, one in enumerate(jobs, 1)]
-    shares = [f"{number} / 1" for number in range(2, len(others) + 2)]
+    columns = [{**job["stages"], "by the clock": job["seconds"], **job["costs"]} for job in jobs]
+    names = [f"{number}: {job['student']}, s" for number, job in enumerate(jobs, 1)]
+    fractions = [f"{number} / 1" for number in range(2, len(others) + 2)]
     rows = []
     for stage in [*stages, "by the clock", *first["costs"]]:
         whole = columns[0][stage]
         ratios = [f"{column[stage] / whole:.2f}" if whole else "" for column in columns[1:]]
         rows.append([stage, *(f"{column[stage]:.1f}" for column in columns), *ratios])
-    return markdown(["stage", *names, *shares], rows)
+    return markdown(["stage", *names, *fractions], rows)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     jobs: list[dict[str, Any]] = []
     for number, student in enumerate(options.students.split(","), 1):
         weights = str(options.out / "1" / TEACHER) if jobs else options.teacher_weights
-        jobs.append(job(options.out / str(number), student, weights, options.arguments))
+        jobs.append(run_job(options.out / str(number), student, weights, options.arguments))
     print(table(jobs))
     write_json(options.out / "whole_job.json", {"arguments": options.arguments, "jobs": jobs})
 

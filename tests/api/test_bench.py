@@ -1,4 +1,4 @@
-"""`compress bench`: what is timed, what is said of it, and where it goes."""
+"""`compress bench`: timed files, reported results and output files."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from questpress.pipeline.runs.results import Bench
 
 from tests.support import bench_reports
 from tests.support.little import compress, refused
-from tests.support.networks import colour_classifier
+from tests.support.networks import color_classifier
 
 SHORT = ("--seconds", "0.1", "--threads", "1", "--quick")
 
@@ -49,62 +49,62 @@ def timed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_runs_teacher_and_both_files_are_timed_in_every_way(timed: tuple[Path, str]) -> None:
     run, _ = timed
-    found = Bench.model_validate_json((run / "bench/bench.json").read_text())
-    assert [(one.name, one.key) for one in found.subjects] == [
+    results = Bench.model_validate_json((run / "bench/bench.json").read_text())
+    assert [(subject.name, subject.key) for subject in results.subjects] == [
         ("teacher", "teacher"), ("fp32", "student"), ("int8", "student_int8"),
     ]  # fmt: skip
-    assert [one.file for one in found.subjects] == [
+    assert [subject.file for subject in results.subjects] == [
         "bench/teacher.onnx", "artifact/student.onnx", "artifact/student.int8.onnx",
     ]  # fmt: skip
-    assert [(one.subject, one.over) for one in found.speedups] == [
+    assert [(row.subject, row.over) for row in results.speedups] == [
         ("fp32", "teacher"), ("int8", "teacher"), ("int8", "fp32"),
     ]  # fmt: skip
-    for one in found.latencies:
-        median = one.percentiles["p50"]
+    for row in results.latencies:
+        median = row.percentiles["p50"]
         assert (
-            one.n >= 11
-            and len(one.quantiles) == 101
-            and one.quantiles[50] == pytest.approx(median.value, rel=1e-4)
+            row.n >= 11
+            and len(row.quantiles) == 101
+            and row.quantiles[50] == pytest.approx(median.value, rel=1e-4)
         )
         assert (median.low or 0) <= median.value <= (median.high or np.inf)
-    assert {one.subject for one in found.end_to_end} == {"teacher", "fp32", "int8"}
-    for way in found.end_to_end:
-        assert min(way.decode, way.resize, way.normalize, way.run) > 0
-    assert found.images == "60 images of the run's data"
-    assert {one.subject for one in found.cold_starts} == {"teacher", "fp32", "int8"}
-    for start in found.cold_starts:
+    assert {row.subject for row in results.end_to_end} == {"teacher", "fp32", "int8"}
+    for steps in results.end_to_end:
+        assert min(steps.decode, steps.resize, steps.normalize, steps.run) > 0
+    assert results.images == "60 images of the run's data"
+    assert {row.subject for row in results.cold_starts} == {"teacher", "fp32", "int8"}
+    for start in results.cold_starts:
         assert min(start.import_ms, start.session_ms, start.first_run_ms) > 0
         assert (start.peak_bytes or 0) > (start.runtime_bytes or 0) > 1e7
-    assert {(one.subject, one.batch) for one in found.throughput} == {
+    assert {(row.subject, row.batch) for row in results.throughput} == {
         (name, batch) for name in ("teacher", "fp32", "int8") for batch in (1, 4)
     }
-    [under] = found.conditions
-    assert under.rounds >= 20 and under.processes == 2 and len(under.cores) <= 1
-    assert found.environment["cpu"] and found.session
+    [conditions] = results.conditions
+    assert conditions.rounds >= 20 and conditions.processes == 2 and len(conditions.cores) <= 1
+    assert results.environment["cpu"] and results.session
 
 
 def test_raw_samples_are_written_to_the_bench_folder(timed: tuple[Path, str]) -> None:
     run, _ = timed
-    found = Bench.model_validate_json((run / "bench/bench.json").read_text())
-    with np.load(run / "bench" / str(found.samples_file)) as raw:
-        for one in found.latencies:
-            samples = raw[f"{one.subject}/{one.threads}/ms"]
-            assert len(samples) == len(raw[f"{one.subject}/{one.threads}/round"]) == one.n
-            assert one.mean == pytest.approx(samples.mean())
-        assert len(raw["sentinel/1/ms"]) == found.conditions[0].rounds
+    results = Bench.model_validate_json((run / "bench/bench.json").read_text())
+    with np.load(run / "bench" / str(results.samples_file)) as raw:
+        for row in results.latencies:
+            samples = raw[f"{row.subject}/{row.threads}/ms"]
+            assert len(samples) == len(raw[f"{row.subject}/{row.threads}/round"]) == row.n
+            assert row.mean == pytest.approx(samples.mean())
+        assert len(raw["sentinel/1/ms"]) == results.conditions[0].rounds
         steps = raw["int8/1/from image file/ms"]
         assert steps.shape[1] == 4
 
 
 def test_report_shows_the_bench(timed: tuple[Path, str], finished: Path) -> None:
     run, _ = timed
-    found = json.loads((run / "bench/bench.json").read_text())
+    results = json.loads((run / "bench/bench.json").read_text())
     report = json.loads((run / "report.json").read_text())
     before = json.loads((finished / "report.json").read_text())
-    assert report["bench"] == found != before["bench"]
-    [int8] = [one for one in found["latencies"] if one["subject"] == "int8"]
+    assert report["bench"] == results != before["bench"]
+    [int8] = [row for row in results["latencies"] if row["subject"] == "int8"]
     assert report["student_int8"]["latency_ms"]["1"]["percentiles"] == int8["percentiles"]
-    assert {one["over"] for one in report["student_int8"]["speedups"]} == {"teacher", "student"}
+    assert {row["over"] for row in report["student_int8"]["speedups"]} == {"teacher", "student"}
     assert report["student_int8"]["score"] == before["student_int8"]["score"]
     page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
     for title in (
@@ -117,7 +117,7 @@ def test_report_shows_the_bench(timed: tuple[Path, str], finished: Path) -> None
         assert f"<h3>{title}</h3>" in page or f"<summary>{title} " in page, title
         assert title in text
     assert 'class="histogram student_int8"' in page
-    assert found["command"] in page and "```sh" in text
+    assert results["command"] in page and "```sh" in text
 
 
 def test_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_path: Path) -> None:
@@ -148,26 +148,26 @@ def test_plain_files_are_compared_in_their_own_folder(
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        colour_classifier(tmp_path / folder / "net.onnx", {}, 8)
+        color_classifier(tmp_path / folder / "net.onnx", {}, 8)
     result = compress("bench", "a/net.onnx", "b/net.onnx", *SHORT, "--json", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
-    found = Bench.model_validate_json(result.stdout)
-    assert [one.name for one in found.subjects] == ["a/net", "b/net"]
-    assert found.subjects[0].inputs == "64 random inputs" and not found.end_to_end
-    assert [(one.subject, one.over) for one in found.speedups] == [("b/net", "a/net")]
-    assert found == Bench.model_validate_json((tmp_path / "bench-results/bench.json").read_text())
+    results = Bench.model_validate_json(result.stdout)
+    assert [subject.name for subject in results.subjects] == ["a/net", "b/net"]
+    assert results.subjects[0].inputs == "64 random inputs" and not results.end_to_end
+    assert [(row.subject, row.over) for row in results.speedups] == [("b/net", "a/net")]
+    assert results == Bench.model_validate_json((tmp_path / "bench-results/bench.json").read_text())
 
 
 def test_strict_fails_after_saving_if_a_flag_is_raised(
     timed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    results = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     steal = Flag(name="steal", threads=1, sentence="The host gave 5 % of its cores to others.")
 
     def bench_with(*flags: Flag) -> None:
-        answer = found.model_copy(update={"flags": list(flags)}), {"a": np.zeros(1)}
-        monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: answer)
+        output = results.model_copy(update={"flags": list(flags)}), {"a": np.zeros(1)}
+        monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: output)
 
     bench_with()
     assert compress("bench", file, "--strict", "--out", tmp_path / "quiet").exit_code == 0
@@ -176,7 +176,7 @@ def test_strict_fails_after_saving_if_a_flag_is_raised(
     assert result.exit_code == 1 and "--strict: the measurement was disturbed (steal)." in result.stderr
     assert steal.sentence in " ".join(result.stdout.split())
     kept = Bench.model_validate_json((tmp_path / "out/bench.json").read_text())
-    assert [one.name for one in kept.flags] == ["steal"] and (tmp_path / "out/bench.npz").exists()
+    assert [flag.name for flag in kept.flags] == ["steal"] and (tmp_path / "out/bench.npz").exists()
     assert compress("bench", file, "--out", tmp_path / "out").exit_code == 0
 
 
@@ -185,44 +185,44 @@ def test_bench_of_latency_alone_does_not_check_the_time_after_it(
 ) -> None:
     monkeypatch.setattr(verb, "QUICK", replace(LITTLE, cold_starts=0, end_to_end_seconds=0, batch_seconds=0))
     monkeypatch.setattr(verb.latency.noise, "check_since", pytest.fail)
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     assert compress("bench", file, *SHORT, "--out", tmp_path / "out").exit_code == 0
 
 
 def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(subjects: list[BenchCase], *_: object, **__: object) -> None:
-        raise JobError(" ".join(one.file.name for one in subjects))
+    def raise_names(subjects: list[BenchCase], *_: object, **__: object) -> None:
+        raise JobError(" ".join(case.file.name for case in subjects))
 
-    monkeypatch.setattr(verb.latency, "measure", named)
-    first, second = (str(colour_classifier(tmp_path / f"{name}.onnx", {}, 8)) for name in ("a", "b"))
-    for paths, asked in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
-        with pytest.raises(JobError, match=f"^{asked}$"):
+    monkeypatch.setattr(verb.latency, "measure", raise_names)
+    first, second = (str(color_classifier(tmp_path / f"{name}.onnx", {}, 8)) for name in ("a", "b"))
+    for paths, names in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
+        with pytest.raises(JobError, match=f"^{names}$"):
             bench(paths, out=tmp_path / "out", quiet=True)
     with pytest.raises(UsageError, match="At least one run folder"):
         bench([], out=tmp_path / "out", quiet=True)
 
 
-def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOAT) -> Path:
-    """A network whose input is told to be another."""
-    model = onnx.load(colour_classifier(path, {}, 8))
+def write_with_input(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOAT) -> Path:
+    """Write a network that declares another input."""
+    model = onnx.load(color_classifier(path, {}, 8))
     model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("input", kind, dims))
     onnx.save(model, path)
     return path
 
 
 def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
-    fixed = read_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
+    fixed = read_input(write_with_input(tmp_path / "a.onnx", [1, 3, 8, 8]))
     assert (fixed.shape, fixed.any_batch, fixed.has_metadata, str(fixed)) == (
         (3, 8, 8),
         False,
         False,
         "float32 [1, 3, 8, 8]",
     )
-    open_ = read_input(changed(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
+    open_ = read_input(write_with_input(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
     assert (open_.shape, open_.any_batch) == ((3, 16, 16), True)
-    wide = read_input(changed(tmp_path / "d.onnx", ["n", 3, "h", "w"]), image_size=(16, 24))
+    wide = read_input(write_with_input(tmp_path / "d.onnx", ["n", 3, "h", "w"]), image_size=(16, 24))
     assert wide.shape == (3, 16, 24)
-    pixels = read_input(changed(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
+    pixels = read_input(write_with_input(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
     assert (pixels.shape, pixels.kind) == ((8, 8, 3), np.uint8)
 
 
@@ -233,15 +233,15 @@ def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
     refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "contains no network")
     refused(compress("bench", tmp_path / "none.onnx"), 2, "none.onnx does not exist")
     refused(compress("bench", tmp_path), 2, "manifest.json")
-    file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])
+    file = write_with_input(tmp_path / "open.onnx", [1, 3, "h", "w"])
     refused(compress("bench", file), 2, "--image-size")
-    file = changed(tmp_path / "batch.onnx", [4, 3, 8, 8])
+    file = write_with_input(tmp_path / "batch.onnx", [4, 3, 8, 8])
     refused(compress("bench", file), 2, "batch.onnx has a fixed batch size of 4")
-    file = changed(tmp_path / "huge.onnx", [1, 3, 1_000_000, 9])
+    file = write_with_input(tmp_path / "huge.onnx", [1, 3, 1_000_000, 9])
     refused(compress("bench", file), 2, "at most 8,192")
-    file = changed(tmp_path / "words.onnx", [1, 77], onnx.TensorProto.INT64)
+    file = write_with_input(tmp_path / "words.onnx", [1, 77], onnx.TensorProto.INT64)
     refused(compress("bench", file), 2, "int64 [1, 77]")
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     refused(compress("bench", file, "--threads", "two"), 2, "got two")
     refused(compress("bench", file, "--threads", "0"), 2, "--threads must be 1 to 1024, got 0")
     refused(compress("bench", file, "--seconds", "0"), 2, "--seconds must be greater than 0")
@@ -255,13 +255,13 @@ def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
 
 
 def test_image_size_without_effect_is_reported(tmp_path: Path) -> None:
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     result = compress("bench", file, "--image-size", "9", *SHORT, "--out", tmp_path / "b")
     assert result.exit_code == 0 and "--image-size has no effect" in result.stderr
 
 
 def test_external_weights_are_refused(tmp_path: Path) -> None:
-    model = onnx.load(colour_classifier(tmp_path / "net.onnx", {}, 8))
+    model = onnx.load(color_classifier(tmp_path / "net.onnx", {}, 8))
     tensor = model.graph.initializer[0]
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../weights")
@@ -275,7 +275,7 @@ def test_external_weights_are_refused(tmp_path: Path) -> None:
 def test_runtime_that_is_missing_is_named_with_the_command_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     monkeypatch.setattr("questpress.export.latency.machine.find_spec", lambda _: None)
     refused(compress("bench", file, "--runtime", "openvino"), 2, "pip install 'openvino>=2025.0'")
 
@@ -283,22 +283,22 @@ def test_runtime_that_is_missing_is_named_with_the_command_for_it(
 def test_files_for_other_processors_are_left_out_and_named(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
-    monkeypatch.setattr("questpress.pipeline.runs.artifacts.explain_untimed", lambda _: left)
-    found = find_bench_files([finished], tmp_path)
-    assert [one.name for one in found.files] == ["teacher", "fp32"]
-    assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")
+    excluded = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
+    monkeypatch.setattr("questpress.pipeline.runs.artifacts.explain_untimed", lambda _: excluded)
+    result = find_bench_files([finished], tmp_path)
+    assert [file.name for file in result.files] == ["teacher", "fp32"]
+    assert len(result.notes) == 1 and result.notes[0].startswith("student.int8.onnx is made for")
 
 
 def test_runs_have_distinct_names(finished: Path, tmp_path: Path) -> None:
-    names = [one.name for one in find_bench_files([finished, finished / "artifact"], tmp_path).files]
-    assert names == ["colours teacher", "colours fp32", "colours int8", "artifact fp32", "artifact int8"]
+    names = [file.name for file in find_bench_files([finished, finished / "artifact"], tmp_path).files]
+    assert names == ["colors teacher", "colors fp32", "colors int8", "artifact fp32", "artifact int8"]
 
 
 def test_few_pictures_give_different_inputs() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     inputs = latency.repeat_shifted(pictures, 20)
-    assert len({one.tobytes() for one in inputs}) == 20
+    assert len({image.tobytes() for image in inputs}) == 20
     np.testing.assert_array_equal(inputs[:3], pictures)
 
 
@@ -311,9 +311,9 @@ def test_generated_photos_are_deterministic_and_photo_sized() -> None:
 def test_images_without_effect_are_reported(
     timed: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
-    monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: (found, {"a": np.zeros(1)}))
-    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    results = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
+    monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: (results, {"a": np.zeros(1)}))
+    file = color_classifier(tmp_path / "net.onnx", {}, 8)
     result = compress("bench", file, "--images", data, "--out", tmp_path / "out")
     assert result.exit_code == 0 and "--images has no effect" in result.stderr
 
@@ -330,19 +330,19 @@ def test_teachers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_latencies_of_many_teachers_keep_their_order() -> None:
-    found = bench_reports.bench()
+    results = bench_reports.bench()
     timed = [
-        one.model_copy(update={"name": f"teacher {t}", "key": f"teacher {t}"})
+        row.model_copy(update={"name": f"teacher {t}", "key": f"teacher {t}"})
         for t in range(12)
-        for one in found.subjects[:1]
+        for row in results.subjects[:1]
     ]
     times = [
-        one.model_copy(update={"subject": f"teacher {t}", "mean": float(t)})
+        row.model_copy(update={"subject": f"teacher {t}", "mean": float(t)})
         for t in range(12)
-        for one in found.latencies[:1]
+        for row in results.latencies[:1]
     ]
-    facts = bench_facts(found.model_copy(update={"subjects": timed, "latencies": times, "speedups": []}))
-    means = [next(iter(one["latency_ms"].values()))["mean"] for one in facts["teachers"]]
+    facts = bench_facts(results.model_copy(update={"subjects": timed, "latencies": times, "speedups": []}))
+    means = [next(iter(teacher["latency_ms"].values()))["mean"] for teacher in facts["teachers"]]
     assert means == [float(t) for t in range(12)]
 
 

@@ -29,7 +29,7 @@ Made = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Made:
-    """Writes a made-up run: its report and, with ``right``, what its files answered to the test images."""
+    """Return a function that writes a synthetic run: a report and, with ``right``, its predictions."""
 
     def write(
         name: str,
@@ -63,7 +63,7 @@ def make(tmp_path: Path) -> Made:
         if right is not None:
             logits = np.stack([~right, right], 1).astype(np.float32)
             keys = np.random.default_rng(len(name)).permutation(N)
-            # Every run keeps them in an order of its own.
+            # Each run stores them in a different order.
             artifacts.write_predictions(
                 folder / artifacts.PREDICTIONS_FILE,
                 keys,
@@ -76,12 +76,12 @@ def make(tmp_path: Path) -> Made:
 
 
 def right(correct: int, wrong: range) -> np.ndarray:
-    """bool [N]: all right but those in ``wrong`` and the last ones, ``correct`` in all."""
-    found = np.ones(N, dtype=bool)
-    found[list(wrong)] = False
-    found[N - (int(found.sum()) - correct) :] = False
-    assert found.sum() == correct
-    return found
+    """Return bool [N] with ``correct`` True values; those in ``wrong`` and the last ones are False."""
+    result = np.ones(N, dtype=bool)
+    result[list(wrong)] = False
+    result[N - (int(result.sum()) - correct) :] = False
+    assert result.sum() == correct
+    return result
 
 
 def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
@@ -89,15 +89,15 @@ def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
     make("best", 340, right=right(340, range(0)))
     make("worse", 329, right=right(329, range(11)))
     make("noise", 338, right=right(338, range(2)))
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [group] = found.groups
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [group] = comparison.groups
     assert group.best == "best" and group.runs == ["best", "noise", "worse"]
     noise, worse = group.accuracies
     assert (noise.run, noise.within_noise, noise.paired) == ("noise", True, True)
     assert noise.p == noise.p_holm == pytest.approx(0.5)
     assert worse.p == pytest.approx(2 / 2**11) and worse.p_holm == pytest.approx(4 / 2**11)
     assert not worse.within_noise and worse.points == pytest.approx(-1100 / N)
-    for page in render_comparison(found).values():
+    for page in render_comparison(comparison).values():
         assert "Not significantly different: noise (−0.5 points, p = 0.500)." in page
         assert "Significantly worse: worse (−3.0 points, p = 0.002)." in page
         assert "McNemar" in page and "chi-squared" not in page
@@ -106,22 +106,22 @@ def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
 def test_unpaired_runs_are_compared_by_proportions(make: Made, tmp_path: Path) -> None:
     make("best", 340, right=right(340, range(0)))
     make("worse", 329)
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [one] = found.groups[0].accuracies
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [row] = comparison.groups[0].accuracies
     pooled = 669 / (2 * N)
     z = (11 / N) / (pooled * (1 - pooled) * 2 / N) ** 0.5
-    assert not one.paired and one.within_noise  # the images one by one would have told them apart
-    assert one.p == pytest.approx(float(np.exp(-(z**2) / 2)), rel=0.6) and one.p > 0.05
-    assert one.low is not None and one.high is not None and one.low < one.points < one.high
-    text = render_comparison(found)["comparison.md"]
+    assert not row.paired and row.within_noise  # a paired test would be significant
+    assert row.p == pytest.approx(float(np.exp(-(z**2) / 2)), rel=0.6) and row.p > 0.05
+    assert row.low is not None and row.high is not None and row.low < row.points < row.high
+    text = render_comparison(comparison)["comparison.md"]
     assert ", unpaired" in text and "compress validate RUN RUN" in text
 
 
 def test_predictions_of_another_report_are_ignored(make: Made, tmp_path: Path) -> None:
     make("best", 340, right=right(340, range(0)))
     make("changed", 335, right=right(338, range(2)))
-    [one] = compare(tmp_path / "runs", out=tmp_path / "out").groups[0].accuracies
-    assert not one.paired
+    [row] = compare(tmp_path / "runs", out=tmp_path / "out").groups[0].accuracies
+    assert not row.paired
 
 
 def test_latencies_are_compared_by_interval_on_one_machine(make: Made, tmp_path: Path) -> None:
@@ -129,41 +129,41 @@ def test_latencies_are_compared_by_interval_on_one_machine(make: Made, tmp_path:
     make("same", 330, p50=0.7001)
     make("slow", 330, p50=0.9)
     make("elsewhere", 330, p50=0.1, cpu="Cortex-A76")
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    here, there = sorted(found.groups[0].machines, key=lambda one: -len(one.runs))
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    here, there = sorted(comparison.groups[0].machines, key=lambda machine: -len(machine.runs))
     assert here.runs == ["fast", "same", "slow"] and there.runs == ["elsewhere"]
     same, slow = here.latencies
     assert (same.verdict, slow.verdict) == ("no difference", "slower")
     assert slow.ratio == pytest.approx(0.9 / 0.7)
-    assert "different machines" in found.warnings[0] and "compress bench" in found.warnings[0]
-    assert "together" in " ".join(found.notes)
+    assert "different machines" in comparison.warnings[0] and "compress bench" in comparison.warnings[0]
+    assert "together" in " ".join(comparison.notes)
 
 
 def test_runs_on_other_images_form_their_own_group(make: Made, tmp_path: Path) -> None:
     make("photos", 330)
     make("other", 371, fingerprint="0badcafe")
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    assert [group.best for group in found.groups] == ["other", "photos"]
-    assert all(not group.accuracies for group in found.groups)
-    assert "2 different data sets" in found.warnings[0]
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert [group.best for group in comparison.groups] == ["other", "photos"]
+    assert all(not group.accuracies for group in comparison.groups)
+    assert "2 different data sets" in comparison.warnings[0]
 
 
 def test_unfinished_run_is_shown_with_its_results(make: Made, tmp_path: Path) -> None:
     make("done", 330)
     make("begun", 330, student_int8=None, int8=[])
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    assert "begun is not finished; missing: int8 file." in found.warnings
-    begun = found.run("begun")
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert "begun is not finished; missing: int8 file." in comparison.warnings
+    begun = comparison.run("begun")
     assert begun.int8 is None and begun.fp32 is not None and begun.ships == begun.fp32
-    assert all("begun" in page for page in render_comparison(found).values())
+    assert all("begun" in page for page in render_comparison(comparison).values())
 
 
 def test_run_folders_and_reports_are_listed_once(make: Made, tmp_path: Path) -> None:
     first, second = make("a/64", 330), make("b/64", 331)
     make("a/teacher", 330)  # of a sweep: not compared
     given = [tmp_path / "runs" / "a", first, second / "report.json", tmp_path / "runs" / "b"]
-    found = compare(given, out=tmp_path / "out")
-    assert sorted(one.name for one in found.runs) == ["a/64", "b/64"]
+    comparison = compare(given, out=tmp_path / "out")
+    assert sorted(run.name for run in comparison.runs) == ["a/64", "b/64"]
     alone = tmp_path / "alone.json"
     alone.write_text((first / "report.json").read_text(), encoding="utf-8")
     assert compare(alone, out=tmp_path / "out").runs[0].source == str(alone)
@@ -202,19 +202,19 @@ def test_untimed_thread_count_is_refused(make: Made, tmp_path: Path) -> None:
 def test_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
     make("one", 330)
     make("two", 331)
-    asked = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    shown = CliRunner().invoke(cli, asked).stdout
+    arguments = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    stdout = CliRunner().invoke(cli, arguments).stdout
     for words in ("On clothing, 372 test images", "two", "best", "not significant", "comparison.html"):
-        assert words in shown, words
-    found = Comparison.model_validate_json(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
-    assert found == Comparison.model_validate_json((tmp_path / "out" / "comparison.json").read_text())
-    assert CliRunner().invoke(cli, [*asked, "--quiet"]).stdout == ""
+        assert words in stdout, words
+    comparison = Comparison.model_validate_json(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
+    assert comparison == Comparison.model_validate_json((tmp_path / "out" / "comparison.json").read_text())
+    assert CliRunner().invoke(cli, [*arguments, "--quiet"]).stdout == ""
 
 
 def test_table_for_programs_has_full_numbers_and_no_formula(make: Made, tmp_path: Path) -> None:
     make("=cmd()", 330, method="+quest")
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [row] = list(csv.DictReader(io.StringIO(comparison_csv(found))))
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [row] = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     assert row["run"] == "'=cmd()" and row["method"] == "'+quest" and row["seed"] == "7"
     assert float(row["int8_score"]) == pytest.approx(100 * 330 / N)
     assert float(row["int8_p50_low"]) < float(row["int8_p50_high"])
@@ -236,14 +236,14 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
     make("twin", 300, p50=0.5)
     make("beaten", 299, p50=0.6)
     make("unknown", 372, p50=float("inf"), student=None)
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [machine] = found.groups[0].machines
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [machine] = comparison.groups[0].machines
     fp32 = ["fast fp32", "twin fp32", "beaten fp32"]
     assert machine.frontier == ["fast int8", "twin int8", *fp32, "resnet34 teacher"]
     front = f"(no file is both faster and more accurate): {', '.join(machine.frontier)}."
-    for text in render_comparison(found).values():
+    for text in render_comparison(comparison).values():
         assert front in " ".join(text.split())
-    [chart] = comparison_page(found).sections[0].figures
+    [chart] = comparison_page(comparison).sections[0].figures
     assert isinstance(chart, Chart)
     for i in range(2):
         assert sorted(dot.tooltip.split(":")[0] for dot in shapes(chart, "dot", i)) == sorted(
@@ -251,15 +251,15 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
         )
 
 
-def test_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Made, tmp_path: Path) -> None:
+def test_teacher_of_several_runs_has_its_lowest_latency(make: Made, tmp_path: Path) -> None:
     teacher = reports.full().teacher
     assert teacher is not None
     latency = teacher.latency_ms["1"]
     for name, p50 in (("disturbed", 20.0), ("quiet", 9.0), ("restless", 12.0)):
         slower = latency.model_copy(update={"percentiles": {"p50": Percentile(value=p50)}})
         make(name, 300, teacher=teacher.model_copy(update={"latency_ms": {"1": slower}}))
-    found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [(name, file)] = [one for one in measured_files(found.runs) if one[0].endswith("teacher")]
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [(name, file)] = [entry for entry in measured_files(comparison.runs) if entry[0].endswith("teacher")]
     assert name == "resnet34 teacher" and file.p50 == 9.0
 
 
@@ -269,5 +269,5 @@ def test_reports_alone_are_enough(tmp_path: Path) -> None:
         file = tmp_path / f"{i}.json"
         file.write_text(Report.model_dump_json(report), encoding="utf-8")
         files.append(file)
-    found = compare(files, out=tmp_path / "out")
-    assert len(found.runs) == 3 and sum("not finished" in told for told in found.warnings) == 2
+    comparison = compare(files, out=tmp_path / "out")
+    assert len(comparison.runs) == 3 and sum("not finished" in text for text in comparison.warnings) == 2

@@ -1,4 +1,4 @@
-"""`compress doctor`: what it finds, and what it says of what is missing."""
+"""`compress doctor`: findings and remedies."""
 
 import json
 import urllib.error
@@ -17,15 +17,15 @@ def diagnosis():
     return doctor.doctor(offline=True)
 
 
-def named(found: doctor.Diagnosis, name: str) -> doctor.Finding:
-    (one,) = [one for one in found.findings if one.name == name]
-    return one
+def get_finding(diagnosis: doctor.Diagnosis, name: str) -> doctor.Finding:
+    (finding,) = [finding for finding in diagnosis.findings if finding.name == name]
+    return finding
 
 
 def test_machine_that_runs_the_tests_is_fit(diagnosis):
-    assert diagnosis.can_run, [one for one in diagnosis.findings if one.verdict == "missing"]
-    assert named(diagnosis, "torch").value == metadata.version("torch")
-    assert named(diagnosis, "--target here").value in ("x86", "x86-vnni", "arm64")
+    assert diagnosis.can_run, [finding for finding in diagnosis.findings if finding.verdict == "missing"]
+    assert get_finding(diagnosis, "torch").value == metadata.version("torch")
+    assert get_finding(diagnosis, "--target here").value in ("x86", "x86-vnni", "arm64")
 
 
 def test_diagnosis_is_a_list_in_a_notebook(diagnosis):
@@ -35,17 +35,17 @@ def test_diagnosis_is_a_list_in_a_notebook(diagnosis):
 
 def test_incomplete_variables_of_torchrun_are_a_note(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = next(finding for finding in doctor._machine() if finding.name == "environment")
-    assert (found.verdict, found.value) == ("note", "WORLD_SIZE=2 is ignored")
-    assert found.remedy is not None and "Unset them" in found.remedy
+    finding = next(finding for finding in doctor._machine() if finding.name == "environment")
+    assert (finding.verdict, finding.value) == ("note", "WORLD_SIZE=2 is ignored")
+    assert finding.remedy is not None and "Unset them" in finding.remedy
 
 
 def test_doctor_checks_every_declared_package(diagnosis):
-    looked_at = {one.name for one in diagnosis.findings if one.group == "Packages"}
+    checked = {finding.name for finding in diagnosis.findings if finding.group == "Packages"}
     declared = {
         Requirement(line).name for line in metadata.requires("questpress") or [] if "extra" not in line
     }
-    assert looked_at == declared and len(declared) > 15
+    assert checked == declared and len(declared) > 15
 
 
 @pytest.mark.parametrize(
@@ -93,17 +93,17 @@ def test_extra_that_is_not_there_is_only_a_note(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", absent)
-    (one,) = doctor._extras()
-    assert (one.verdict, one.remedy) == ("note", "pip install 'wandb>=999999'")
-    assert "required by --track wandb" in one.value
+    (finding,) = doctor._extras()
+    assert (finding.verdict, finding.remedy) == ("note", "pip install 'wandb>=999999'")
+    assert "required by --track wandb" in finding.value
 
 
 def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, _mode: Path(path) != tmp_path)
-    one = doctor._folder("cache", tmp_path / "cache", "--cache")
-    assert one.verdict == "missing"
-    assert one.value == f"{tmp_path / 'cache'} cannot be written"
-    assert one.remedy == "set another folder with --cache"
+    finding = doctor._folder("cache", tmp_path / "cache", "--cache")
+    assert finding.verdict == "missing"
+    assert finding.value == f"{tmp_path / 'cache'} cannot be written"
+    assert finding.remedy == "set another folder with --cache"
 
 
 def test_unreachable_hub_is_a_note():
@@ -121,5 +121,5 @@ def test_unreachable_hub_is_a_note():
 
 
 def test_json_holds_the_same(diagnosis):
-    told = json.loads(compress("doctor", "--offline", "--json").stdout)
-    assert [one["name"] for one in told["findings"]] == [one.name for one in diagnosis.findings]
+    content = json.loads(compress("doctor", "--offline", "--json").stdout)
+    assert [entry["name"] for entry in content["findings"]] == [entry.name for entry in diagnosis.findings]

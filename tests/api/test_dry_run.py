@@ -1,4 +1,4 @@
-"""A dry run refuses what the job itself would refuse at its start, in the same words, and writes nothing."""
+"""A dry run reports the same errors as the start of the job and writes nothing."""
 
 import os
 
@@ -56,9 +56,9 @@ def test_folder_that_cannot_be_created_is_refused(tmp_path, data, cache):
 
 def test_folder_without_permission_is_refused(tmp_path, data, cache, monkeypatch):
     # Root, as whom tests may run, has every permission.
-    asked = []
-    monkeypatch.setattr(written.os, "access", lambda path, mode: asked.append((path, mode)))
+    calls = []
+    monkeypatch.setattr(written.os, "access", lambda path, mode: calls.append((path, mode)))
     refused(
         job(data, tmp_path / "new" / "run", cache, "--dry-run"), 2, "cannot be written: Permission denied"
     )
-    assert (tmp_path, os.W_OK | os.X_OK) in asked and not (tmp_path / "new").exists()
+    assert (tmp_path, os.W_OK | os.X_OK) in calls and not (tmp_path / "new").exists()

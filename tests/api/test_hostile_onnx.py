@@ -1,6 +1,4 @@
-"""A hostile .onnx file at every door that takes one: each command refuses it in one sentence, and no runtime
-has seen it.
-"""
+"""Each command that takes an .onnx file refuses a hostile one before a runtime loads it."""
 
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from questpress.export.runtime import session
 
 from tests.support import hostile_onnx
 from tests.support.little import compress, photos, refused
-from tests.support.networks import colour_classifier, write_little_manifest
+from tests.support.networks import color_classifier, write_little_manifest
 
 SOME = [
     (hostile_onnx.external, "another file"),
@@ -25,70 +23,70 @@ SOME = [
 
 @pytest.fixture
 def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(*_: object, **__: object) -> None:
-        pytest.fail("a runtime has seen it")
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("a runtime has loaded it")
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photos(tmp_path_factory.mktemp("colours"), dict.fromkeys(("red", "green", "blue"), 2))
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("colors"), dict.fromkeys(("red", "green", "blue"), 2))
 
 
 @pytest.fixture
 def sound(tmp_path: Path) -> Path:
-    return colour_classifier(tmp_path / "sound.onnx")
+    return color_classifier(tmp_path / "sound.onnx")
 
 
-def doors(file: Path, sound: Path, colours: Path, out: Path) -> Iterator[list[str | Path]]:
-    """Every command that takes an .onnx file."""
+def list_commands(file: Path, sound: Path, colors: Path, out: Path) -> Iterator[list[str | Path]]:
+    """Yield every command that takes an .onnx file."""
     yield ["bench", file, "--out", out]
     yield ["bench", sound, file, "--out", out]
-    yield ["predict", file, colours]
-    yield ["validate", file, "--data", colours, "--out", out]
+    yield ["predict", file, colors]
+    yield ["validate", file, "--data", colors, "--out", out]
 
 
-@pytest.mark.parametrize(("harm", "told"), SOME)
+@pytest.mark.parametrize(("harm", "message"), SOME)
 @pytest.mark.usefixtures("no_session")
 def test_single_file_is_refused_by_every_command(
-    harm: hostile_onnx.Harm, told: str, colours: Path, tmp_path: Path, sound: Path
+    harm: hostile_onnx.Harm, message: str, colors: Path, tmp_path: Path, sound: Path
 ) -> None:
     model = hostile_onnx.little()
     harm(model)
     file = tmp_path / "hostile.onnx"
     file.write_bytes(model.SerializeToString())
-    for door in doors(file, sound, colours, tmp_path / "out"):
-        sentence = refused(compress(*door), 2, "hostile.onnx")
-        assert told in sentence
+    for arguments in list_commands(file, sound, colors, tmp_path / "out"):
+        stderr = refused(compress(*arguments), 2, "hostile.onnx")
+        assert message in stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
-    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All its checksums hold: they say that nothing was damaged, not whose it is."""
-    monkeypatch.setattr(session, "open_session", lambda *_, **__: pytest.fail("a runtime has seen it"))
-    model = onnx.load(colour_classifier(tmp_path / "student.onnx"))
+    """Its checksums are valid. They show that no file is damaged, not that the author is trusted."""
+    monkeypatch.setattr(session, "open_session", lambda *_, **__: pytest.fail("a runtime has loaded it"))
+    model = onnx.load(color_classifier(tmp_path / "student.onnx"))
     hostile_onnx.external(model)
     (tmp_path / "student.onnx").write_bytes(model.SerializeToString())
     write_little_manifest(tmp_path)
-    for door in (
+    for arguments in (
         ["bench", tmp_path],
-        ["predict", tmp_path, colours],
-        ["validate", tmp_path, "--data", colours],
+        ["predict", tmp_path, colors],
+        ["validate", tmp_path, "--data", colors],
     ):
-        assert "another file" in refused(compress(*door), 2)
+        assert "another file" in refused(compress(*arguments), 2)
 
 
 def test_predict_checks_a_file_whatever_the_options(tmp_path: Path) -> None:
-    file = colour_classifier(tmp_path / "net.onnx")
+    file = color_classifier(tmp_path / "net.onnx")
     result = compress("predict", file, "--file", "student.onnx", tmp_path / "a.png")
     refused(result, 2, "--file", "requires a run folder")
 
 
 def test_names_from_a_file_do_not_reach_the_terminal_unescaped(tmp_path: Path, data: Path) -> None:
-    file = colour_classifier(tmp_path / "net.onnx")
+    file = color_classifier(tmp_path / "net.onnx")
     model = onnx.load(file)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 1, 50]), "channels"))
     node = onnx.helper.make_node("Gather", ["input", "channels"], ["x"], name="\x1b[31mred", axis=1)
@@ -103,7 +101,7 @@ def test_names_from_a_file_do_not_reach_the_terminal_unescaped(tmp_path: Path, d
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_non_finite_predictions_are_an_error(tmp_path: Path, data: Path, value: float) -> None:
-    file = colour_classifier(tmp_path / "net.onnx")
+    file = color_classifier(tmp_path / "net.onnx")
     model = onnx.load(file)
     model.graph.initializer[0].CopyFrom(
         onnx.numpy_helper.from_array(np.full((3, 3), value, np.float32), "weights")

@@ -48,8 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.path, body))
         address = self.path.removeprefix(f"/api/models/{REPO}")
         status = next((code for end, code in hub.refused.items() if address.endswith(end)), 200)
-        answer: dict[str, Any] = {"error": "some\nreason", "url": f"{hub.url}/{REPO}"}
-        answer["errors"] = [{"message": "bad license"}] if address == "/api/validate-yaml" else []
+        response: dict[str, Any] = {"error": "some\nreason", "url": f"{hub.url}/{REPO}"}
+        response["errors"] = [{"message": "bad license"}] if address == "/api/validate-yaml" else []
         assert self.headers["Authorization"] == f"Bearer {TOKEN}"
         if status == 200 and address == "/api/repos/create":
             if hub.exists:
@@ -60,18 +60,18 @@ class Handler(BaseHTTPRequestHandler):
                 hub.private = bool(options.get("private")) or options.get("visibility") == "private"
         elif status == 200 and address == "/preupload/main":
             files = json.loads(body)["files"]
-            answer["files"] = [
+            response["files"] = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
             ]
         elif status == 200 and address == "/commit/main":
             for part in map(json.loads, body.splitlines()):
                 if part["key"] == "file":
                     hub.files[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
-            answer |= {"commitUrl": f"{hub.url}/{REPO}/commit/0a1b", "commitOid": "0a1b"}
-        self.reply(status, answer)
+            response |= {"commitUrl": f"{hub.url}/{REPO}/commit/0a1b", "commitOid": "0a1b"}
+        self.reply(status, response)
 
-    def reply(self, status: int, answer: dict[str, Any]) -> None:
-        content = json.dumps(answer).encode()
+    def reply(self, status: int, response: dict[str, Any]) -> None:
+        content = json.dumps(response).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

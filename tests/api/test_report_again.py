@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_schema_in_docs_is_current() -> None:
-    """Where it is not: compress report --schema > docs/report.schema.json."""
+    """To update it: compress report --schema > docs/report.schema.json."""
     assert (DOCS / "report.schema.json").read_text(encoding="utf-8") == json_schema()
 
 
@@ -91,7 +91,7 @@ def test_folder_without_a_run_is_refused(tmp_path: Path, a_run: Path) -> None:
 
 def test_changed_manifest_is_reported(a_run: Path) -> None:
     manifest = a_run / "artifact" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("colours", "shapes"))
+    manifest.write_text(manifest.read_text().replace("colors", "shapes"))
     little.refused(little.compress("report", a_run), 1, "was modified after it was written")
 
 
@@ -100,10 +100,10 @@ def test_stage_no_longer_requested_is_omitted(a_run: Path) -> None:
     folder.open(fresh=False)
     student = folder.record.stages["student"]
     line = json.dumps(json.loads(folder.curves()[-1]) | {"stage": "qat"})
-    folder.record.stages["qat"] = student.model_copy(update={"summary": "learned on as int8"})
+    folder.record.stages["qat"] = student.model_copy(update={"summary": "trained further as int8"})
     folder.save()
     (a_run / "metrics.jsonl").write_text((a_run / "metrics.jsonl").read_text() + line + "\n")
     assert little.compress("report", a_run).exit_code == 0
-    found = json.loads((a_run / "report.json").read_text())
-    assert "qat" not in {one["stage"] for one in found["stages"]} | {one["stage"] for one in found["epochs"]}
-    assert "learned on as int8" not in (a_run / "report.md").read_text()
+    report = json.loads((a_run / "report.json").read_text())
+    assert all(row["stage"] != "qat" for row in (*report["stages"], *report["epochs"]))
+    assert "trained further as int8" not in (a_run / "report.md").read_text()

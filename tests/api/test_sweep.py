@@ -138,18 +138,18 @@ def test_search_drops_slow_and_inaccurate_students(
     assert finished and all(before[name] == after[name] for name in finished), "only what is missing runs"
     assert not (out / f"{big}-8").exists() and not (out / "trials" / "1-epochs" / f"{big}-8").exists()
     comparison = json.loads((out / "comparison" / "comparison.json").read_text())
-    found = comparison["search"]
-    assert found["over"] == [f"{big}-12", f"{big}-8"]
-    trials = {trial["run"]: trial for trial in found["trials"]}
+    search_result = comparison["search"]
+    assert search_result["over"] == [f"{big}-12", f"{big}-8"]
+    trials = {trial["run"]: trial for trial in search_result["trials"]}
     for name, trial in trials.items():
         report = little.report(out / "trials" / "1-epochs" / name)
-        own = report["student"]["val_score"]
+        score = report["student"]["val_score"]
         assert report["teacher_cache"]["computed"] == 0, "the views of the full trainings"
-        assert (trial["epochs"], trial["val_score"]["percent"]) == (1, own["percent"])
+        assert (trial["epochs"], trial["val_score"]["percent"]) == (1, score["percent"])
     kept = [name for name, trial in trials.items() if trial["kept"]]
     scores = [trial["val_score"]["percent"] for trial in trials.values()]
     assert len(trials) == 2 and scores[0] == max(scores) and kept == [next(iter(trials))]
-    assert found["winner"]["run"] == kept[0] == comparison["runs"][0]["name"]
+    assert search_result["winner"]["run"] == kept[0] == comparison["runs"][0]["name"]
     page = (out / "comparison" / "comparison.md").read_text()
     for text in (f"Ships: {kept[0]}", "Over the budget", "Dropped after a short training"):
         assert text in result.stdout and text in page
@@ -157,17 +157,17 @@ def test_search_drops_slow_and_inaccurate_students(
 
 def test_halving_keeps_the_better_half_of_each_round() -> None:
     accuracy = dict(zip("abcdef", (10, 60, 30, 50, 40, 20), strict=True))
-    asked = []
+    calls = []
 
     def try_out(name: str, divisor: int) -> Trial:
-        asked.append((name, divisor))
+        calls.append((name, divisor))
         return Trial(
             run=name, epochs=32 // divisor, val_score=reports.accuracy(accuracy[name], 100), kept=False
         )
 
     left, trials = halve(list("abcdef"), 2, try_out)
     assert left == ["b", "d"]
-    assert asked == [*((name, 4) for name in "abcdef"), *((name, 2) for name in "bde")]
+    assert calls == [*((name, 4) for name in "abcdef"), *((name, 2) for name in "bde")]
     assert [trial.run for trial in trials if not trial.kept] == ["c", "f", "a", "e"]
 
 
@@ -175,9 +175,9 @@ def candidate(name: str, correct: int, p50: float | None, val: int | None = None
     base = comparisons.comparison().runs[0]
     assert base.int8 is not None and base.fp32 is not None
 
-    def file(of: ComparedFile, p50: float | None) -> ComparedFile:
+    def file(original: ComparedFile, p50: float | None) -> ComparedFile:
         measured = {"score": reports.accuracy(correct, 372), "p50": p50, "p50_low": p50, "p50_high": p50}
-        return of.model_copy(update=measured)
+        return original.model_copy(update=measured)
 
     fp32 = file(base.fp32, 2 * p50 if p50 else ord(name))
     val_score = None if val is None else reports.accuracy(val, 400)
@@ -241,9 +241,9 @@ def test_record_keeps_what_earlier_commands_measured(tmp_path: Path) -> None:
     record(file, Search(latencies=[latency("a", 2.0)], trials=[trial("a", 1, 50), trial("b", 1, 60)]))
     record(file, Search(latencies=[latency("b", 3.0), latency("a", 4.0)]))
     record(file, Search(max_latency=5.0, trials=[trial("b", 1, 70), trial("b", 2, 80)]))
-    found = Search.model_validate_json(file.read_text())
-    assert found.max_latency == 5.0 and [m.fp32 for m in found.latencies] == [4.0, 3.0]
-    assert [(t.run, t.epochs, t.val_score.percent) for t in found.trials] == [
+    search = Search.model_validate_json(file.read_text())
+    assert search.max_latency == 5.0 and [m.fp32 for m in search.latencies] == [4.0, 3.0]
+    assert [(t.run, t.epochs, t.val_score.percent) for t in search.trials] == [
         ("a", 1, 50), ("b", 1, 70), ("b", 2, 80),
     ]  # fmt: skip
 

@@ -15,28 +15,28 @@ from tests.support import little
 
 @pytest.fixture
 def train(data: Path, cache: Path) -> Callable[..., Report]:
-    """A job up to its student."""
+    """Return a function that runs a job up to its student."""
 
-    def one(out: Path, **options: Any) -> Report:
+    def run(out: Path, **options: Any) -> Report:
         return compress(
             teacher=little.TEACHER, student=little.STUDENT, data=data, teacher_weights="none", image_size=16,
             batch_size=16, teacher_epochs=2, epochs=2, method="kd", until="student", quiet=True, out=out,
             cache=cache, **options,
         )  # fmt: skip
 
-    return one
+    return run
 
 
 def test_concurrent_jobs_equal_separate_jobs(train: Callable[..., Report], tmp_path: Path) -> None:
     seeds = (3, 4)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda seed: train(tmp_path / f"beside{seed}", seed=seed), seeds))
-    beside = [little.weights(tmp_path / f"beside{seed}" / "student.safetensors") for seed in seeds]
+        list(threads.map(lambda seed: train(tmp_path / f"concurrent{seed}", seed=seed), seeds))
+    concurrent = [little.weights(tmp_path / f"concurrent{seed}" / "student.safetensors") for seed in seeds]
     alone = []
     for seed in seeds:
         train(tmp_path / f"alone{seed}", seed=seed)
         alone.append(little.weights(tmp_path / f"alone{seed}" / "student.safetensors"))
-    assert beside == alone
+    assert concurrent == alone
     assert alone[0] != alone[1]
 
 
@@ -54,14 +54,14 @@ def test_classifier_is_thread_safe(finished: Path, data: Path) -> None:
     expected = {file: classifier.predict([file])[0] for file in files}
     damaged = files[0].read_bytes()[:200]
 
-    def ask(number: int) -> int:
-        asked = 0
+    def predict(number: int) -> int:
+        count = 0
         for file in files[number:] + files[:number]:
             assert classifier.predict([file]) == [expected[file]]
             with pytest.raises(ImageError):
                 classifier.predict([file, damaged])
-            asked += 1
-        return asked
+            count += 1
+        return count
 
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(ask, range(4))) == [len(files)] * 4
+        assert list(threads.map(predict, range(4))) == [len(files)] * 4

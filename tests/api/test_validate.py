@@ -1,4 +1,4 @@
-"""`compress validate`: the figures by hand, labels by name, and what is said of data that don't fit."""
+"""`compress validate`: metrics recomputed by hand, labels matched by name, messages about unsuitable data."""
 
 import csv
 import io
@@ -33,55 +33,55 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(finished: Path, more: Path, tmp_path_factory: pytest.TempPathFactory) -> Validation:
+def result(finished: Path, more: Path, tmp_path_factory: pytest.TempPathFactory) -> Validation:
     return validate(finished, data=more, out=tmp_path_factory.mktemp("out"), quiet=True)
 
 
 def logits(classifier: Classifier, files: list[Path]) -> np.ndarray:
-    """One image at a time, as the device would."""
-    found = []
+    """Return the logits of the files, predicted one image at a time."""
+    rows = []
     for file in files:
-        [answer] = classifier.predict([decode_image(file)], top=len(classifier.labels))
-        found.append([np.log(dict(answer.top)[label]) for label in classifier.labels])
-    return np.array(found)
+        [prediction] = classifier.predict([decode_image(file)], top=len(classifier.labels))
+        rows.append([np.log(dict(prediction.top)[label]) for label in classifier.labels])
+    return np.array(rows)
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
     z, p = 1.959963984540054, k / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
+    center, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return 100 * (center - half) / (1 + z * z / n), 100 * (center + half) / (1 + z * z / n)
 
 
-def test_metrics_equal_those_computed_image_by_image(found: Validation, finished: Path, more: Path) -> None:
+def test_metrics_equal_those_computed_image_by_image(result: Validation, finished: Path, more: Path) -> None:
     files = sorted(more.rglob("*.png"))
-    assert found.n == len(files) == 15 and found.split == "all" and found.per_class == WIDE
+    assert result.n == len(files) == 15 and result.split == "all" and result.per_class == WIDE
     labels = np.array([little.CLASSES.index(file.parent.name) for file in files])
-    own = {}
-    for one in found.networks:
-        classifier = Classifier.load(finished / ("bench" if one.role == "teacher" else "artifact") / one.file)
-        answers = logits(classifier, files)
-        own[one.name], said = answers.argmax(1), answers.argmax(1)
-        correct = int((said == labels).sum())
-        assert one.score is not None and one.score.correct == correct and one.mistakes == 15 - correct
+    predictions = {}
+    for net in result.networks:
+        classifier = Classifier.load(finished / ("bench" if net.role == "teacher" else "artifact") / net.file)
+        outputs = logits(classifier, files)
+        predictions[net.name], predicted = outputs.argmax(1), outputs.argmax(1)
+        correct = int((predicted == labels).sum())
+        assert net.score is not None and net.score.correct == correct and net.mistakes == 15 - correct
         if 0 < correct < 15:
-            assert (one.score.low, one.score.high) == pytest.approx(wilson(correct, 15))
-        nll = -np.mean([answers[i, label] for i, label in enumerate(labels)])
-        assert one.calibration is not None and one.calibration.nll == pytest.approx(nll, abs=1e-4)
+            assert (net.score.low, net.score.high) == pytest.approx(wilson(correct, 15))
+        nll = -np.mean([outputs[i, label] for i, label in enumerate(labels)])
+        assert net.calibration is not None and net.calibration.nll == pytest.approx(nll, abs=1e-4)
         table = np.zeros((3, 3), dtype=int)
-        np.add.at(table, (labels, said), 1)
-        assert one.confusion == [(i, k, table[i, k]) for i, k in np.argwhere(table).tolist()]
-        for number, of in enumerate(one.per_class):
-            assert (of.n, of.predicted, of.correct) == (
+        np.add.at(table, (labels, predicted), 1)
+        assert net.confusion == [(i, k, table[i, k]) for i, k in np.argwhere(table).tolist()]
+        for number, row in enumerate(net.per_class):
+            assert (row.n, row.predicted, row.correct) == (
                 table[number].sum(), table[:, number].sum(), table[number, number],
             )  # fmt: skip
-            if of.recall is not None:
-                assert of.recall.percent == pytest.approx(100 * table[number, number] / table[number].sum())
-    assert [one.name for one in found.networks] == ["int8", "fp32", "teacher"]
-    alike = int((own["int8"] == own["teacher"]).sum())
-    assert found.first.agreement is not None and found.first.agreement.correct == alike
-    assert found.first.teacher == "teacher" and found.networks[-1].teacher is None
-    pair = next(one for one in found.pairs if {one.first, one.second} == {"int8", "teacher"})
-    right = {name: said == labels for name, said in own.items()}
+            if row.recall is not None:
+                assert row.recall.percent == pytest.approx(100 * table[number, number] / table[number].sum())
+    assert [net.name for net in result.networks] == ["int8", "fp32", "teacher"]
+    same = int((predictions["int8"] == predictions["teacher"]).sum())
+    assert result.first.agreement is not None and result.first.agreement.correct == same
+    assert result.first.teacher == "teacher" and result.networks[-1].teacher is None
+    pair = next(pair for pair in result.pairs if {pair.first, pair.second} == {"int8", "teacher"})
+    right = {name: predicted == labels for name, predicted in predictions.items()}
     assert pair.first_alone == int((right["int8"] & ~right["teacher"]).sum())
     assert pair.p == pytest.approx(mcnemar(pair.first_alone, pair.second_alone))
 
@@ -89,13 +89,13 @@ def test_metrics_equal_those_computed_image_by_image(found: Validation, finished
 def test_validation_defaults_to_the_runs_test_images(finished: Path, tmp_path: Path) -> None:
     result = little.compress("validate", finished, "--out", tmp_path, "--json", "--teacher", "none")
     assert result.exit_code == 0, result.output
-    found, report = Validation.model_validate_json(result.stdout), little.report(finished)
-    assert found.split == "test" and found.n == report["data"]["test"] and not found.warnings
-    for one, key in zip(found.networks, ("student_int8", "student"), strict=True):
-        assert one.score is not None
-        assert one.score.correct == report[key]["score"]["correct"]
-        assert one.agreement is None
-    assert not (tmp_path / "differences.csv").exists() and not any(one.png for one in found.examples)
+    validation, report = Validation.model_validate_json(result.stdout), little.report(finished)
+    assert validation.split == "test" and validation.n == report["data"]["test"] and not validation.warnings
+    for net, key in zip(validation.networks, ("student_int8", "student"), strict=True):
+        assert net.score is not None
+        assert net.score.correct == report[key]["score"]["correct"]
+        assert net.agreement is None
+    assert not (tmp_path / "differences.csv").exists() and not any(e.png for e in validation.examples)
     with_teacher = validate(finished, out=tmp_path, quiet=True)
     teacher, agreement = with_teacher.networks[-1].score, with_teacher.first.agreement
     assert teacher is not None and teacher.correct == report["teacher"]["score"]["correct"]
@@ -122,25 +122,25 @@ def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
     assert one.p_holm >= one.p == pytest.approx(0.25)
 
 
-def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: Path, more: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "mistakes.csv").read_text())))
-    models = [one["model"] for one in rows]
+def test_mistakes_are_sorted_by_probability(result: Validation, finished: Path, more: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO((Path(str(result.folder)) / "mistakes.csv").read_text())))
+    models = [row["model"] for row in rows]
     assert models == sorted(models, key=["int8", "fp32", "teacher"].index)
-    own = [one for one in rows if one["model"] == "int8"]
-    assert len(own) == found.first.mistakes and all(one["correct"] == "no" for one in own)
-    probabilities = [float(one["probability"]) for one in own]
+    mistakes = [row for row in rows if row["model"] == "int8"]
+    assert len(mistakes) == result.first.mistakes and all(row["correct"] == "no" for row in mistakes)
+    probabilities = [float(row["probability"]) for row in mistakes]
     assert probabilities == sorted(probabilities, reverse=True)
     classifier = Classifier.load(finished)
-    for one in own:
-        [answer] = classifier.predict([more / one["file"]])
-        assert (answer.label, one["label"]) == (one["prediction"], Path(one["file"]).parent.name)
-        assert float(one["probability"]) == pytest.approx(answer.probability, abs=1e-5)
-    differ = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "differences.csv").read_text())))
-    assert all(one["prediction"] != one["teacher_prediction"] for one in differ)
-    agreement = found.first.agreement
+    for row in mistakes:
+        [prediction] = classifier.predict([more / row["file"]])
+        assert (prediction.label, row["label"]) == (row["prediction"], Path(row["file"]).parent.name)
+        assert float(row["probability"]) == pytest.approx(prediction.probability, abs=1e-5)
+    differ = list(csv.DictReader(io.StringIO((Path(str(result.folder)) / "differences.csv").read_text())))
+    assert all(row["prediction"] != row["teacher_prediction"] for row in differ)
+    agreement = result.first.agreement
     assert agreement is not None
-    assert sum(one["model"] == "int8" for one in differ) == agreement.n - agreement.correct
-    assert [one.name for one in found.examples] == [one["file"] for one in own]
+    assert sum(row["model"] == "int8" for row in differ) == agreement.n - agreement.correct
+    assert [example.name for example in result.examples] == [row["file"] for row in mistakes]
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "  =x"])
@@ -170,23 +170,23 @@ def test_unknown_class_is_refused_or_ignored(finished: Path, more: Path, tmp_pat
     little.photos(other, {"Reds": 3, "violet": 2})
     out = ("--out", tmp_path / "out", "--teacher", "none")
     result = little.compress("validate", finished, "--data", other, *out)
-    told = little.refused(result, 2, "'Reds', 'violet'", "--ignore-unknown")
-    assert "'Reds' may be its 'red'" in told
+    message = little.refused(result, 2, "'Reds', 'violet'", "--ignore-unknown")
+    assert "'Reds' may be its 'red'" in message
     result = little.compress("validate", finished, "--data", other, *out, "--ignore-unknown", "--json")
-    found = Validation.model_validate_json(result.stdout)
-    assert found.n == 15 and "5 images are left out" in found.warnings[0]
+    validation = Validation.model_validate_json(result.stdout)
+    assert validation.n == 15 and "5 images are left out" in validation.warnings[0]
 
 
 def test_test_split_is_used_when_splits_are_given(finished: Path, tmp_path: Path) -> None:
     data = little.photos(tmp_path / "data", {"test/red": 3, "test/blue": 2, "train/red": 4})
     out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
     assert validate(finished, data=data, **out).per_class == {"blue": 2, "red": 3}
-    found = validate(finished, data=data, split="all", **out)
-    assert found.n == 9 and found.split == "all"
-    told = little.refused(
+    validation = validate(finished, data=data, split="all", **out)
+    assert validation.n == 9 and validation.split == "all"
+    message = little.refused(
         little.compress("validate", finished, "--data", data, "--split", "val", "--out", tmp_path / "out"), 2
     )
-    assert "no val images but train and test" in told
+    assert "no val images but train and test" in message
 
 
 def test_training_images_are_recognized_in_other_folders(
@@ -201,14 +201,14 @@ def test_training_images_are_recognized_in_other_folders(
     trained = little.report(finished)["data"]["per_class"]["train"]["green"]
     out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
     assert validate(finished, data=other, **out).warnings == [
-        f"colours was trained on {trained} of 35 images or on their copies, so the results are too good."
+        f"colors was trained on {trained} of 35 images or on their copies, so the results are too good."
     ]
     assert validate(finished, data=more, **out).warnings == []
 
 
 def test_training_images_of_the_run_are_reported(finished: Path, data: Path, tmp_path: Path) -> None:
-    found = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
-    assert found.n == 60 and "was trained on 48 of them" in found.warnings[0]
+    validation = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
+    assert validation.n == 60 and "was trained on 48 of them" in validation.warnings[0]
     train = validate(finished, split="train", out=tmp_path, teacher="none", quiet=True)
     assert train.n == 48 and "were trained on these images" in train.warnings[0]
 
@@ -216,12 +216,12 @@ def test_training_images_of_the_run_are_reported(finished: Path, data: Path, tmp
 def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(finished / "artifact" / "student.onnx", tmp_path / "alone.onnx"))
     teacher = finished / "bench" / "teacher.onnx"
-    found = validate([file, finished], data=more, teacher=teacher, out=tmp_path / "out", quiet=True)
-    assert [one.name for one in found.networks] == ["alone", "colours int8", "colours fp32", "teacher"]
-    assert found.networks[0].score == found.networks[2].score
-    pair = next(one for one in found.pairs if (one.first, one.second) == ("alone", "colours fp32"))
+    validation = validate([file, finished], data=more, teacher=teacher, out=tmp_path / "out", quiet=True)
+    assert [net.name for net in validation.networks] == ["alone", "colors int8", "colors fp32", "teacher"]
+    assert validation.networks[0].score == validation.networks[2].score
+    pair = next(pair for pair in validation.pairs if (pair.first, pair.second) == ("alone", "colors fp32"))
     assert (pair.first_alone, pair.second_alone, pair.p) == (0, 0, 1.0)
-    assert len(found.pairs) == 6 and all(one.teacher == "teacher" for one in found.networks[:3])
+    assert len(validation.pairs) == 6 and all(net.teacher == "teacher" for net in validation.networks[:3])
     little.refused(little.compress("validate", file), 2, "--data is missing")
     result = validate(file, data=more, out=tmp_path / "out", quiet=True)
     assert "not compared with a teacher" in result.notes[0]
@@ -236,8 +236,8 @@ def test_hostile_teacher_of_a_run_is_not_opened(
     hostile_onnx.external(model)
     (run / "bench" / "teacher.onnx").write_bytes(model.SerializeToString())
     monkeypatch.setattr(RunFolder, "check_output", lambda *_: None)  # its author has set the checksums
-    found = validate(run, data=more, out=tmp_path / "out", quiet=True)
-    assert "another file" in found.notes[0] and "not compared with it" in found.notes[0]
+    validation = validate(run, data=more, out=tmp_path / "out", quiet=True)
+    assert "another file" in validation.notes[0] and "not compared with it" in validation.notes[0]
 
 
 def test_too_many_broken_images_stop_it_and_few_are_listed(
@@ -246,18 +246,18 @@ def test_too_many_broken_images_stop_it_and_few_are_listed(
     other = Path(shutil.copytree(more, tmp_path / "other"))
     (other / "red" / "broken.png").write_bytes(b"\x89PNG not really")
     (other / "red" / "empty.png").write_bytes(b"")
-    asked = ("validate", finished, "--data", other, "--teacher", "none", "--out", tmp_path / "out")
-    told = little.refused(little.compress(*asked), 1, "2 of 17 images are unreadable", "red/broken.png")
-    assert "red/empty.png (the file is empty)" in told
+    arguments = ("validate", finished, "--data", other, "--teacher", "none", "--out", tmp_path / "out")
+    line = little.refused(little.compress(*arguments), 1, "2 of 17 images are unreadable", "red/broken.png")
+    assert "red/empty.png (the file is empty)" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_one_broken_image_of_many_is_counted_and_listed(finished: Path, tmp_path: Path) -> None:
     data = little.photos(tmp_path / "data", {"red": 120, "blue": 1})
     (data / "red" / "broken.png").write_bytes(b"\x89PNG not really")
-    found = validate(finished, data=data, teacher="none", out=tmp_path / "out", quiet=True)
-    assert found.n == 121 and found.skipped[0][0] == "red/broken.png"
-    assert "1 file was skipped; the report has the list." in found.warnings
+    validation = validate(finished, data=data, teacher="none", out=tmp_path / "out", quiet=True)
+    assert validation.n == 121 and validation.skipped[0][0] == "red/broken.png"
+    assert "1 file was skipped; the report has the list." in validation.warnings
 
 
 def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None
     [
         (["nowhere"], ["nowhere does not exist"]),
         (["{run}", "--file", "student.int4.onnx"], ["--file student.int4.onnx is not in"]),
-        (["{run}", "--teacher", "nobody.onnx"], ["must be an .onnx file or a run folder"]),
+        (["{run}", "--teacher", "missing.onnx"], ["must be an .onnx file or a run folder"]),
         (["{run}/config.yaml"], ["is not an ONNX file"]),
         (["{run}", "--out", "{run}/config.yaml"], ["cannot be written: Not a directory"]),
     ],
@@ -284,16 +284,16 @@ def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None
 def test_invalid_validation_arguments_are_refused(
     finished: Path, arguments: list[str], words: list[str]
 ) -> None:
-    filled = [one.format(run=finished) for one in arguments]
+    filled = [argument.format(run=finished) for argument in arguments]
     little.refused(little.compress("validate", *filled), 2, *words)
 
 
-def test_pages_escape_names(found: Validation) -> None:
+def test_pages_escape_names(result: Validation) -> None:
     name = "<script>alert(1)</script>"
-    evil = found.model_copy(deep=True)
-    evil.first.classes[0] = evil.first.per_class[0].label = evil.title = name
-    evil.skipped = [(name, name)]
-    texts = render_validation(evil)
+    hostile = result.model_copy(deep=True)
+    hostile.first.classes[0] = hostile.first.per_class[0].label = hostile.title = name
+    hostile.skipped = [(name, name)]
+    texts = render_validation(hostile)
     assert "<script" not in texts["validation.html"] and "<script" not in texts["validation.md"]
     for words in ("Pairwise tests", "Results by class, int8", "Calibration", "mistakes.csv"):
         assert words in texts["validation.html"] and words in texts["validation.md"], words

@@ -36,9 +36,9 @@ def test_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_path:
     again = cells.Table(out, [teacher, plain])
     assert again.run(None)
     assert report.stat().st_mtime_ns == before
-    found = json.loads((out / "a.teacher.3" / "report.json").read_text())
-    assert again.accuracies("a", "teacher") == [found["teacher"]["score"]["percent"]]
-    assert found["config"]["seed"] == 3
+    results = json.loads((out / "a.teacher.3" / "report.json").read_text())
+    assert again.accuracies("a", "teacher") == [results["teacher"]["score"]["percent"]]
+    assert results["config"]["seed"] == 3
     again.write(out / "results.json", {"benchmark": "little"})
     written = json.loads((out / "results.json").read_text())
     assert written["benchmark"] == "little"
@@ -87,7 +87,7 @@ def test_finished_cells_are_tabulated_if_a_later_cell_fails(
         cells.run_and_write(table, "9m", {"benchmark": "little"}, lambda: "a 50 %")
     assert (tmp_path / "out" / "results.md").read_text() == "a 50 %"
     assert json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"] == "little"
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
 
 
 def test_seeds_are_spoken_as_mean_and_deviation() -> None:

@@ -86,7 +86,7 @@ def test_first_hour_continues_where_a_slice_has_ended(
     try:
         machine.left = 4  # throughput, compilation, the uninterrupted and the stopped run
         hour.main(arguments)
-        assert "the same command goes on" in capsys.readouterr().out
+        assert "the same command resumes" in capsys.readouterr().out
         table = (out / "results.md").read_text()
         assert "| compiled supervised | failed with exit code 1 |" in table
         assert "| stopped run | done |" in table and "| resumed run | left |" in table

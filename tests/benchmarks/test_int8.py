@@ -1,4 +1,4 @@
-"""int8 side by side: the ratios' arithmetic, what is done once and what anew, and peers that aren't there."""
+"""The int8 comparison: arithmetic of the ratios, cells that are not repeated, and missing peers."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def command(out: Path, *more: str) -> dict[str, Any]:
 
 
 def cell(milliseconds: dict[str, list[float]], *, error: str | None = None) -> dict[str, Any]:
-    """A row as the benchmark writes it, from each subject's medians of rounds."""
+    """Return a row as the benchmark writes it, from each subject's medians of rounds."""
     latencies = tuple(
         Samples(kind, 2, [np.full(11, median) for median in medians])
         for kind, medians in milliseconds.items()
@@ -36,32 +36,32 @@ def cell(milliseconds: dict[str, list[float]], *, error: str | None = None) -> d
     }
     if error is not None:
         files["nncf"] = int8_files.File(Path("/somewhere/nncf.onnx"), error=error)
-    found = int8.figures(BenchResult(latencies, environment(), 0), files, 2)
+    figures = int8.figures(BenchResult(latencies, environment(), 0), files, 2)
     made_with = {
         "versions": {"onnxruntime": "1.31"},
         "images": {"data": "digits", "calibration": 16, "size": 224},
         "seconds": 5.0,
     }
-    return {"model": "resnet18", "threads": 2, "made_with": made_with, **found}
+    return {"model": "resnet18", "threads": 2, "made_with": made_with, **figures}
 
 
 def test_ratios_are_of_the_same_rounds_and_spoken_with_their_interval() -> None:
-    one = cell({"fp32": [8, 9, 12], "ours": [2, 3, 3], "onnxruntime": [2, 3, 3], "openvino": [1, 1, 1.5]})
-    assert one["ours_against"]["fp32"]["ratio"] == pytest.approx(3)  # of the medians 9 and 3
-    line = int8.ratios([one], ["fp32", "ours", "onnxruntime", "nncf", "openvino"]).splitlines()[2]
+    row = cell({"fp32": [8, 9, 12], "ours": [2, 3, 3], "onnxruntime": [2, 3, 3], "openvino": [1, 1, 1.5]})
+    assert row["ours_against"]["fp32"]["ratio"] == pytest.approx(3)  # of the medians 9 and 3
+    line = int8.ratios([row], ["fp32", "ours", "onnxruntime", "nncf", "openvino"]).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:2] == ["resnet18", "2"] and cells[4] == "–"
-    found = [re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\), (.+)", cells[i]) for i in (2, 3, 5)]
-    ratios = [(float(one[1]), float(one[2]), float(one[3]), one[4]) for one in found if one]
+    matches = [re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\), (.+)", cells[i]) for i in (2, 3, 5)]
+    ratios = [(float(match[1]), float(match[2]), float(match[3]), match[4]) for match in matches if match]
     assert [(ratio, verdict) for ratio, _, _, verdict in ratios] == [
         (3.0, "faster"), (1.0, "no difference"), (0.33, "slower"),
     ]  # fmt: skip
     # At least as wide as the rounds lie apart, and as processes of one file do.
     assert ratios[0][1] <= 3.0 and ratios[1][1:3] == (0.98, 1.02) and ratios[2][1] <= 0.33
-    assert int8.latencies([one], ["fp32", "ours", "nncf"]).splitlines()[-1] == (
+    assert int8.latencies([row], ["fp32", "ours", "nncf"]).splitlines()[-1] == (
         "| resnet18 | 2 | 9 | 3 | – |"
     )
-    assert "/somewhere" not in json.dumps(one)
+    assert "/somewhere" not in json.dumps(row)
 
 
 def test_signal_to_noise_is_of_the_logits_variance() -> None:

@@ -40,15 +40,15 @@ def test_round_measures_milliseconds_per_image(monkeypatch: pytest.MonkeyPatch) 
     slow, fast = rounds.measure(pair, seconds=1.0, rounds=5, threads=1)
     assert slow.ms == pytest.approx([50] * 5) and fast.ms == pytest.approx([5] * 5)
     # A fifth of a second each: one slow step, twenty fast ones, with the subject's begin and end around them.
-    told = " ".join(clock.calls)
-    assert told.count("begin slow slow end slow") == 7  # two blocks of it to warm up
-    assert told.count("begin fast" + 20 * " fast" + " end fast") >= 5
+    calls = " ".join(clock.calls)
+    assert calls.count("begin slow slow end slow") == 7  # two blocks of it to warm up
+    assert calls.count("begin fast" + 20 * " fast" + " end fast") >= 5
     assert clock.calls != sorted(clock.calls)
 
 
 def test_ratio_compares_times_or_throughput_with_its_goal() -> None:
     measured = [timed("plain", 10, 10, 10), timed("teacher", 10, 10, 10), timed("online", 22, 22, 22)]
-    found = rounds.compare(
+    rows = rounds.compare(
         measured,
         [
             rounds.Comparison("both", "time", "online", ("plain", "teacher"), 1.15),
@@ -58,17 +58,17 @@ def test_ratio_compares_times_or_throughput_with_its_goal() -> None:
             rounds.Comparison("no goal", "rate", "plain", ("online",)),
         ],
     )
-    assert [row["text"] for row in found] == ["both", "alone", "rate", "no goal"]
-    assert [row["ratio"] for row in found] == pytest.approx([1.1, 2.2, 2.2, 2.2])
-    assert [row["reached"] for row in found] == [True, False, True, None]
-    assert "| both | time | 1.10 | 1.08 to 1.12 | ≤ 1.15 | yes |" in rounds.ratios_table(found)
+    assert [row["text"] for row in rows] == ["both", "alone", "rate", "no goal"]
+    assert [row["ratio"] for row in rows] == pytest.approx([1.1, 2.2, 2.2, 2.2])
+    assert [row["reached"] for row in rows] == [True, False, True, None]
+    assert "| both | time | 1.10 | 1.08 to 1.12 | ≤ 1.15 | yes |" in rounds.ratios_table(rows)
 
 
 def test_goal_inside_the_interval_is_undecided() -> None:
     noisy = timed("online", 5, 20, 5, 20, 10)
     plain = timed("plain", 10, 10, 10, 10, 10)
-    (found,) = rounds.compare([plain, noisy], [rounds.Comparison("", "time", "online", ("plain",), 1.1)])
-    assert found["low"] < 1.1 < found["high"] and found["reached"] is None
+    (row,) = rounds.compare([plain, noisy], [rounds.Comparison("", "time", "online", ("plain",), 1.1)])
+    assert row["low"] < 1.1 < row["high"] and row["reached"] is None
     (rate,) = rounds.rates([noisy])
     assert rate["images_per_second"] == pytest.approx(100)
     assert rate["rounds"] == pytest.approx([200, 50, 200, 50, 100])
@@ -89,17 +89,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
     pytest.importorskip("timm")
     options = throughput.parse([*tiny, "--subjects", "supervised;QuEST;teacher alone;timm"])
-    found = throughput.run("tiny", options)
-    names = [row["subject"] for row in found["rates"]]
+    results = throughput.run("tiny", options)
+    names = [row["subject"] for row in results["rates"]]
     of_quest = [name for name in throughput.OURS if "KD" not in name]
     assert names == [*of_quest, *(f"timm KD, {how}" for how in throughput.VARIANTS)]
-    assert all(row["images_per_second"] > 0 for row in found["rates"])
-    ratios = {row["text"]: row for row in found["ratios"]}
-    assert len(ratios) == len(found["ratios"])
+    assert all(row["images_per_second"] > 0 for row in results["rates"])
+    ratios = {row["text"]: row for row in results["ratios"]}
+    assert len(ratios) == len(results["ratios"])
     assert ratios["QuEST online, over supervised + teacher"]["kind"] == "time"
     assert ratios["QuEST stored, sampled positions, over supervised"]["goal"] == 1.15
     assert "QuEST stored, over timm" in ratios and "QuEST stored, over torchdistill" not in ratios
-    assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(found)
+    assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(results)
 
 
 def test_package_that_is_missing_is_left_out(
@@ -109,8 +109,8 @@ def test_package_that_is_missing_is_left_out(
         raise ImportError("No module named 'torchdistill'")
 
     monkeypatch.setitem(throughput.PEERS, "torchdistill", missing)
-    found = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "supervised;torchdistill"]))
-    assert [row["subject"] for row in found["rates"]] == ["supervised"]
+    results = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "supervised;torchdistill"]))
+    assert [row["subject"] for row in results["rates"]] == ["supervised"]
     assert "torchdistill is left out: No module named 'torchdistill'" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Answers of an artifact on emulated Arm processors, compared with those of this machine.
+"""Outputs of an artifact on emulated Arm processors, compared with those of this machine.
 
     apt-get install mmdebstrap qemu-user
     mmdebstrap --arch=arm64 --variant=extract --include=python3,libstdc++6 bookworm arm64
@@ -71,7 +71,7 @@ def run_worker(command: list[str], artifact: Path, lines: list[str]) -> dict[str
 
 
 def compare(arm: dict[str, np.ndarray], here: dict[str, np.ndarray], fp32: str, int8: str) -> list[str]:
-    """Return what a processor's row says of pixels, logits and predictions, and its default file."""
+    """Return a processor's row: differences of pixels and logits, equal predictions, and the default file."""
     pixels, *logits = (np.abs(arm[name].astype(float) - here[name]).max() for name in ("pixels", fp32, int8))
     same = int((arm[int8].argmax(1) == here[int8].argmax(1)).sum())
     agreement = f"{same:,} of {len(here[int8]):,}"

@@ -316,10 +316,10 @@ def cache_reader(work: Path) -> Callable[[bytes], None]:
         (folder / "logits.npy").write_bytes(cache_seeds()[0])
 
     def read(content: bytes) -> None:
-        entry = cache.put("answers", "key", write)
+        entry = cache.put("outputs", "key", write)
         # Damaged entries are detected by their checksums.
         (entry / CHECKSUMS).write_bytes(content)
-        place = cache.get("answers", "key")
+        place = cache.get("outputs", "key")
         assert place is None or (place / "logits.npy").read_bytes() == cache_seeds()[0]
 
     return read

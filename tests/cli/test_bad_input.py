@@ -1,4 +1,4 @@
-"""What is wrong with the arguments or the data is one sentence and an exit code, and nothing is lost."""
+"""Invalid arguments or data give one error message and an exit code, and no file is lost."""
 
 import json
 import os
@@ -117,10 +117,10 @@ def test_weights_that_are_a_folder_are_named_with_the_file_that_is_meant(data, t
         "--teacher", little.TEACHER, "--student", little.STUDENT, *SMALL, "--data", data,
         "--out", tmp_path / "run", f"--{whose}-weights", tmp_path / "shop",
     )  # fmt: skip
-    told = f"--{whose}-weights {tmp_path / 'shop'} is a folder. "
-    refused(compress(*given), 2, f"{told}Set it to auto, none or a file.")
+    prefix = f"--{whose}-weights {tmp_path / 'shop'} is a folder. "
+    refused(compress(*given), 2, f"{prefix}Set it to auto, none or a file.")
     file.touch()
-    refused(compress(*given), 2, f"{told}Set it to a file in it, such as {file}.")
+    refused(compress(*given), 2, f"{prefix}Set it to a file in it, such as {file}.")
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_wrong_config_is_refused(data, tmp_path, text, words):
 
 def test_on_and_off_of_a_config_are_the_words(tmp_path):
     file = config(tmp_path, "balance: off\ncompile: on\nqat: yes")
-    asked = read_options({"teacher": "resnet18", "student": "resnet18", "config": file})
-    assert (asked.balance, asked.compile, asked.qat) == ("off", "on", True)
+    options = read_options({"teacher": "resnet18", "student": "resnet18", "config": file})
+    assert (options.balance, options.compile, options.qat) == ("off", "on", True)
 
 
 def test_config_that_is_not_there_or_not_text_is_refused(tmp_path):
@@ -214,7 +214,7 @@ def test_config_may_name_options_as_the_command_line_does(data, cache, tmp_path)
 # The data folder.
 
 
-def given(tmp_path: Path, cache: Path, data: Path, *more: str):
+def train_teacher(tmp_path: Path, cache: Path, data: Path, *more: str):
     return job(data, tmp_path / "run", cache, "--until", "teacher", *more)
 
 
@@ -224,16 +224,16 @@ def test_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_p
     whole = (data / "blue" / "000.png").read_bytes()
     (data / "blue" / "half.png").write_bytes(whole[: len(whole) // 2])
     (data / "green" / "empty.jpg").touch()
-    result = little.check_success(given(tmp_path, cache, data))
+    result = little.check_success(train_teacher(tmp_path, cache, data))
     assert "3 files were skipped; the report has the list" in result.stderr
-    found = report(tmp_path / "run")["data"]
-    skipped = dict(map(tuple, found["skipped"]))
+    summary = report(tmp_path / "run")["data"]
+    skipped = dict(map(tuple, summary["skipped"]))
     assert set(skipped) == {"red/text.jpg", "blue/half.png", "green/empty.jpg"}
     assert all(skipped.values())
     # Of the 302 that are not empty two cannot be read, and none of these is counted.
-    assert found["train"] + found["val"] + found["test"] == 300
+    assert summary["train"] + summary["val"] + summary["test"] == 300
     for role in ("train", "val", "test"):
-        assert sum(found["per_class"][role].values()) == found[role]
+        assert sum(summary["per_class"][role].values()) == summary[role]
     assert any("skipped" in line for line in report(tmp_path / "run")["warnings"])
 
 
@@ -241,7 +241,7 @@ def test_too_many_unreadable_images_stop_the_job_and_the_first_five_are_named(ca
     data = photos(tmp_path / "photos", dict.fromkeys(CLASSES, 30))
     for number in range(7):
         (data / "red" / f"text{number}.jpg").write_text(f"no image {number}")
-    line = refused(given(tmp_path, cache, data), 1, "7 of 97", "1%", "and 2 more")
+    line = refused(train_teacher(tmp_path, cache, data), 1, "7 of 97", "1%", "and 2 more")
     for number in range(5):
         assert f"text{number}.jpg" in line
     assert not (tmp_path / "run/teacher.safetensors").exists()
@@ -295,20 +295,20 @@ def test_related_options_train_together(data, cache, tmp_path, more):
         data, tmp_path / "run", cache, "--epochs", "1", "--teacher-epochs", "1", "--until", "student", *more
     )
     assert result.exit_code == 0, result.output
-    found = report(tmp_path / "run")
-    assert all(np.isfinite(e["losses"]["loss"]) for e in found["epochs"]) and len(found["epochs"]) == 2
+    content = report(tmp_path / "run")
+    assert all(np.isfinite(e["losses"]["loss"]) for e in content["epochs"]) and len(content["epochs"]) == 2
 
 
 def test_networks_near_chance_are_reported(cache, tmp_path):
     rng = np.random.default_rng(0)
-    for name in ("p", "q"):  # nothing in the pictures tells the classes apart
+    for name in ("p", "q"):  # the pictures of both classes are noise
         (tmp_path / "noise" / name).mkdir(parents=True)
         for number in range(20):
             pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
             PillowImage.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
     short = ("--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
     little.check_success(job(tmp_path / "noise", tmp_path / "run", cache, *short))
-    [note] = [one for one in report(tmp_path / "run")["warnings"] if "chance" in one]
+    [note] = [warning for warning in report(tmp_path / "run")["warnings"] if "chance" in warning]
     assert "50.0 %, the fraction of the largest class" in note
 
 
@@ -329,11 +329,11 @@ def test_dependent_defaults_of_a_config_are_resolved_again():
 
 def test_batch_larger_than_the_data_scales_the_learning_rate(data, cache, tmp_path):
     folders = ("--data", data, "--cache", cache, "--out", tmp_path / "run")
-    asked = (*NETWORKS, *SMALL, *folders, "--dry-run", "--json")
-    large, all_of_it = (compress(*asked, "--batch-size", size) for size in ("1000000", "45"))
+    arguments = (*NETWORKS, *SMALL, *folders, "--dry-run", "--json")
+    large, all_of_it = (compress(*arguments, "--batch-size", size) for size in ("1000000", "45"))
     assert "all images are one batch" in large.stderr and "all images" not in all_of_it.stderr
-    rates = [json.loads(one.stdout)["config"]["lr"] for one in (large, all_of_it)]
-    sizes = [json.loads(one.stdout)["config"]["batch_size"] for one in (large, all_of_it)]
+    rates = [json.loads(result.stdout)["config"]["lr"] for result in (large, all_of_it)]
+    sizes = [json.loads(result.stdout)["config"]["batch_size"] for result in (large, all_of_it)]
     assert rates[0] == pytest.approx(2.8e-3 * (sizes[0] / 64) ** 0.5, abs=1e-6) and sizes[0] < 60
 
 
@@ -348,14 +348,14 @@ def test_outputs_inside_the_data_folder_are_refused(tmp_path, cache, option):
     data = photos(tmp_path / "photos")
     places = {"--out": tmp_path / "run", "--cache": cache, option: data / "mine"}
 
-    def asked(places: dict[str, Path]) -> list[str | Path]:
-        return [*NETWORKS, *SMALL, "--data", data, *(one for pair in places.items() for one in pair)]
+    def build_arguments(places: dict[str, Path]) -> list[str | Path]:
+        return [*NETWORKS, *SMALL, "--data", data, *(part for pair in places.items() for part in pair)]
 
-    refused(compress(*asked(places)), 2, f"{option} {data / 'mine'}", "would be read as images")
-    refused(compress(*asked(places), "--dry-run"), 2, "would be read as images")
+    refused(compress(*build_arguments(places)), 2, f"{option} {data / 'mine'}", "would be read as images")
+    refused(compress(*build_arguments(places), "--dry-run"), 2, "would be read as images")
     assert not (data / "mine").exists() and not (tmp_path / "run").exists()
     hidden = {**places, option: data / ".mine"}
-    assert compress(*asked(hidden), "--dry-run").exit_code == 0
+    assert compress(*build_arguments(hidden), "--dry-run").exit_code == 0
 
 
 def test_out_of_memory_is_reported(data, cache, tmp_path, monkeypatch):

@@ -35,16 +35,16 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_lists_every_option_under_its_heading():
-    told = compress("run", "--help").stdout
-    places = [told.index(f"{name}:") for name in GROUPS]
+    help_text = compress("run", "--help").stdout
+    places = [help_text.index(f"{name}:") for name in GROUPS]
     assert places == sorted(places)
     for name in Options.model_fields:
-        shown = get_flag(name)
-        match = re.search(rf"^  {shown}(?![\w-])", told, re.MULTILINE)
-        assert match is not None, shown
+        flag = get_flag(name)
+        match = re.search(rf"^  {flag}(?![\w-])", help_text, re.MULTILINE)
+        assert match is not None, flag
         at = match.start()
         heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
-        assert heading == get_group(name), shown
+        assert heading == get_group(name), flag
 
 
 @pytest.mark.parametrize("name", [name for named in COMMANDS.values() for name in named])
@@ -66,10 +66,10 @@ def test_help_of_export_shows_no_defaults_of_options_it_does_not_have():
 def test_help_shows_the_table_of_defaults_in_lines_that_fit():
     lines = compress("run", "--help").stdout.splitlines()
     assert max(map(len, lines)) <= 110
-    told = " ".join(" ".join(lines).split())
+    help_text = " ".join(" ".join(lines).split())
     for row in defaults.TABLE:
-        assert row.option in told
-        assert row.scratch in told
+        assert row.option in help_text
+        assert row.scratch in help_text
 
 
 def test_options_without_a_command_go_to_run(data, tmp_path):
@@ -144,18 +144,18 @@ def test_misspelled_command_gets_a_suggestion():
     assert "Unknown command 'exprt'. Did you mean export?" in result.stderr
 
 
-def test_colors_are_off_when_asked():
-    code = "from questpress.pipeline.runs.console import Display\nDisplay(quiet=False).warn('a colour')"
-    coloured = python(code, FORCE_COLOR="1", NO_COLOR="")
+def test_no_color_disables_colors():
+    code = "from questpress.pipeline.runs.console import Display\nDisplay(quiet=False).warn('a color')"
+    colored = python(code, FORCE_COLOR="1", NO_COLOR="")
     plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
-    assert "\x1b[33m" in coloured.stderr
-    assert "\x1b[3" not in plain.stderr and "warning: a colour" in plain.stderr
+    assert "\x1b[33m" in colored.stderr
+    assert "\x1b[3" not in plain.stderr and "warning: a color" in plain.stderr
 
 
 def test_verbose_shows_defaults_and_epochs(data, cache, tmp_path):
-    told = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
-    assert "defaults: " in told and "--optimizer adamw" in told and "--image-size" not in told
-    epochs = [line.strip() for line in told.splitlines() if line.strip().startswith("teacher epoch ")]
+    stderr = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
+    assert "defaults: " in stderr and "--optimizer adamw" in stderr and "--image-size" not in stderr
+    epochs = [line.strip() for line in stderr.splitlines() if line.strip().startswith("teacher epoch ")]
     assert [line.split(":")[0] for line in epochs] == ["teacher epoch 1/2", "teacher epoch 2/2"]
     report = little.report(tmp_path / "run")
     assert f"loss {report['epochs'][0]['losses']['loss']:.4g}" in epochs[0]
@@ -173,9 +173,9 @@ def test_unfinished_run_is_reported(command, tmp_path):
 def test_broken_stdout_is_reported(finished, data):
     image = data / "red" / "000.png"
     predict = [sys.executable, str(finished / "artifact" / "predict.py")]
-    for asked in (command("report", finished, "--json"), [*predict, str(image)]):
+    for arguments in (command("report", finished, "--json"), [*predict, str(image)]):
         with Path("/dev/full").open("w") as full:
-            result = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+            result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
         assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
         assert "No space left" in result.stderr
     closed = subprocess.run(

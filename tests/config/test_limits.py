@@ -1,4 +1,4 @@
-"""Options from a file that somebody else has written."""
+"""Options from an untrusted file."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ PLAIN = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(PLAIN)
-def test_what_yaml_wrote_is_read_back(content):
+def test_written_yaml_is_read_back(content):
     text = yaml.safe_dump(content, allow_unicode=True)
     assert parse_yaml(text) == yaml.safe_load(text)
 
@@ -32,7 +32,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (BOMB, "values with aliases expanded"),
         ("a: &a [*a]", "contains itself"),
@@ -50,8 +50,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: \x1b", "special characters are not allowed"),
     ],
 )
-def test_hostile_yaml_is_refused(text, told, tmp_path):
-    with pytest.raises(yaml.YAMLError, match=told):
+def test_hostile_yaml_is_refused(text, message, tmp_path):
+    with pytest.raises(yaml.YAMLError, match=message):
         parse_yaml(text)
     file = tmp_path / "options.yaml"
     file.write_text(text)

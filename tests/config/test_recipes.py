@@ -1,4 +1,4 @@
-"""The papers' recipes: what they set, for which networks, and who wins over them."""
+"""The papers' recipes: their settings, their networks, and the options that override them."""
 
 import json
 from pathlib import Path
@@ -72,8 +72,8 @@ def test_pairs_that_the_paper_treats_differently_are(
     recipe: str, teacher: str, student: str, name: str, value: float | str
 ) -> None:
     chosen = options(recipe, teacher, student)
-    found = chosen.settings[name] if "." in name else getattr(chosen, name)
-    assert found == value
+    actual = chosen.settings[name] if "." in name else getattr(chosen, name)
+    assert actual == value
 
 
 def test_given_options_override_the_recipe() -> None:
@@ -106,7 +106,7 @@ WELL = "about: a\nsource: b\noptions: {lr: 0.1}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (WELL + "option: {}\n", "unknown key 'option'. Did you mean options?"),
         (WELL.replace("lr", "lrr"), "unknown option 'lrr'. Did you mean lr?"),
@@ -115,11 +115,11 @@ WELL = "about: a\nsource: b\noptions: {lr: 0.1}\n"
         (WELL.replace("about: a\n", ""), "no 'about'"),
     ],
 )
-def test_unknown_recipe_key_is_refused(text: str, told: str) -> None:
+def test_unknown_recipe_key_is_refused(text: str, message: str) -> None:
     assert recipes.parse_recipe("mine", WELL).options == {"lr": 0.1}
     with pytest.raises(UsageError, match="recipe mine") as refused:
         recipes.parse_recipe("mine", text)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_command_lists_every_recipe_with_its_source() -> None:
@@ -148,13 +148,13 @@ def test_dkd_warm_up_is_a_fraction_of_the_training(data: Path, epochs: int, warm
     given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), "method": "dkd"}
     resolved, _ = resolve(read_options({**given, "epochs": epochs}))
     assert resolved.settings["dkd.warmup"] == warmup
-    said, _ = resolve(read_options({**given, "epochs": epochs, "settings": ["dkd.warmup=7"]}))
-    assert said.settings["dkd.warmup"] == 7
+    explicit, _ = resolve(read_options({**given, "epochs": epochs, "settings": ["dkd.warmup=7"]}))
+    assert explicit.settings["dkd.warmup"] == 7
 
 
 def test_feed_on_cifar_trains_five_teachers_from_seeds() -> None:
     chosen = options("feed-cifar100")
     assert (chosen.method, chosen.teachers_from_seeds, chosen.teacher_weights) == ("feed", 5, ["none"])
     feed = methods.parse_parameters(["feed"], chosen.settings)["feed"].model_dump()
-    # 500 times the mean of 4,096 numbers, as Factor Transfer has it, is so many times their sum over √4,096.
+    # 500 times the mean of 4,096 numbers, as in Factor Transfer, is beta times their sum over √4,096.
     assert feed["beta"] * 4096**0.5 == 500

@@ -77,15 +77,15 @@ def check_rows(pixels: Tensor, rows: Tensor, whole: Tensor) -> int:
     height, width = array.shape[:2]
     shown = {int(row[0]): row[1:5].tolist() for row in rows if row[0] >= 0}
     for label, name in enumerate(NAMES):
-        found = find_rectangle(array, name)
+        rectangle = find_rectangle(array, name)
         if label in shown:
-            assert found is not None
+            assert rectangle is not None
             x1, y1, x2, y2 = shown[label]
             assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-            assert found[::2] == pytest.approx((x1, x2), abs=1.01 / width)
-            assert found[1::2] == pytest.approx((y1, y2), abs=1.01 / height)
-        elif found is not None:
-            wide, tall = found[2] - found[0], found[3] - found[1]
+            assert rectangle[::2] == pytest.approx((x1, x2), abs=1.01 / width)
+            assert rectangle[1::2] == pytest.approx((y1, y2), abs=1.01 / height)
+        elif rectangle is not None:
+            wide, tall = rectangle[2] - rectangle[0], rectangle[3] - rectangle[1]
             too_little = wide * tall < (MIN_VISIBLE + 0.03) * float(whole[label])
             assert too_little or min(wide * width, tall * height) < 3
     return len(shown)

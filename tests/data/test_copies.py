@@ -76,8 +76,8 @@ def test_different_pictures_are_no_copies() -> None:
     ramp = np.linspace(0, 255, 32).astype(np.uint8)[None, :, None].repeat(32, 0)
     tints = [(ramp * np.array(tint)).astype(np.uint8) for tint in ([1, 0, 0], [0, 0.509, 0], [0, 0, 1])]
     images = in_memory([*colors, *grains, *tints, *(smooth(n, 32, 32) for n in range(60))])
-    found = find_copies(images)
-    assert not found.equal and not found.near
+    copies = find_copies(images)
+    assert not copies.equal and not copies.near
 
 
 def test_near_copies_with_other_labels_are_not_linked() -> None:

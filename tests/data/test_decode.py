@@ -189,7 +189,7 @@ def test_unreadable_test_image_is_skipped(tmp_path: Path) -> None:
     broken("a text file", tmp_path / "test/b/broken.jpg")
     images = open_data(str(tmp_path))
     done = render_images(images.test, Preprocessing.create(8))
-    assert [one.name for one in done.skipped] == ["test/b/broken.jpg"]
+    assert [file.name for file in done.skipped] == ["test/b/broken.jpg"]
     assert done.pixels.stack().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
 
 

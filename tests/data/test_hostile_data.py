@@ -88,7 +88,7 @@ def test_link_out_of_the_folder_is_skipped_and_reported(form: str, tmp_path: Pat
     rows = [(name, "cat" if n % 2 else "dog") for n, name in enumerate(names)]
     file = labels(tmp_path / "set", form, [*rows, ("out.png", "cat")])
     data = open_data(str(file), val_fraction=0)
-    assert [(one.name, one.reason) for one in data.skipped] == [
+    assert [(file.name, file.reason) for file in data.skipped] == [
         ("out.png", "a link that leads out of the data folder")
     ]
     assert len(data) == 8
@@ -98,7 +98,7 @@ def test_link_out_of_the_folder_is_skipped_and_reported(form: str, tmp_path: Pat
 def test_control_characters_in_labels_are_escaped(form: str, tmp_path: Path) -> None:
     names = [save(tmp_path / "set" / f"{n}.png", n).name for n in range(8)]
     file = labels(
-        tmp_path / "set", form, [(one, STEERING if n % 2 else "dog") for n, one in enumerate(names)]
+        tmp_path / "set", form, [(name, STEERING if n % 2 else "dog") for n, name in enumerate(names)]
     )
     data = open_data(str(file), val_fraction=0)
     assert sorted(data.classes) == ["dog", SHOWN]
@@ -108,7 +108,7 @@ def test_lone_surrogate_in_json_is_escaped(tmp_path: Path) -> None:
     names = [save(tmp_path / "set" / f"{n}.png", n).name for n in range(8)]
     for form in ("jsonl", "json"):
         file = labels(
-            tmp_path / "set", form, [(one, "\ud83d" if n % 2 else "dog") for n, one in enumerate(names)]
+            tmp_path / "set", form, [(name, "\ud83d" if n % 2 else "dog") for n, name in enumerate(names)]
         )
         assert sorted(open_data(str(file), val_fraction=0).classes) == ["\\ud83d", "dog"]
         file.unlink()
@@ -176,7 +176,7 @@ def test_named_pipe_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
     data = open_data(str(tmp_path), val_fraction=0)
     assert len(data) == 8 and data.ignored == {"special files": 1}
-    assert [one.reason for one in data.skipped] == ["a link that leads out of the data folder"]
+    assert [file.reason for file in data.skipped] == ["a link that leads out of the data folder"]
 
 
 # Shards
@@ -290,8 +290,8 @@ def test_decompression_bombs_are_skipped_and_reported(bombs: dict[str, bytes]) -
     for name, content in bombs.items():
         images.append(Image(name, 0, hashlib.sha256(content).hexdigest(), content))
     decoded = decode_images(images, Canonical("short_side", 8))
-    assert [one.name for one in decoded.images] == ["ok"]
-    assert all("exceed the limit" in one.reason and one.unreadable for one in decoded.skipped)
+    assert [image.name for image in decoded.images] == ["ok"]
+    assert all("exceed the limit" in file.reason and file.unreadable for file in decoded.skipped)
     assert len(sample_sizes(images)) >= 1
 
 

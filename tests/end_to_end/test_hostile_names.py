@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     more = ("--method", "none", "--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
     given = ("--data", root / "labels.jsonl", "--out", out, "--cache", cache)
     done = little.check_success(little.compress(*little.NETWORKS, *little.SMALL, *given, *more))
-    (root / "told.txt").write_text(done.output)
+    (root / "output.txt").write_text(done.output)
     return out
 
 
@@ -44,7 +44,7 @@ def harmless(text: str) -> bool:
 
 
 def test_terminal_output_has_no_control_characters(run: Path) -> None:
-    assert harmless((run.parent / "told.txt").read_text())
+    assert harmless((run.parent / "output.txt").read_text())
 
 
 def test_reports_have_no_control_characters(run: Path) -> None:

@@ -19,7 +19,7 @@ from tests.support import little
 from tests.support.little import files, job, record, report, weights
 
 
-def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
+def start_process(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=little.one_core if sys.platform != "win32" else None, cwd=tmp_path,
@@ -29,7 +29,7 @@ def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 def test_terminated_command_exits_with_130_and_can_resume(data, cache, tmp_path):
     more = ("--epochs", "500", "--until", "student")
-    process = started(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
+    process = start_process(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
     little.wait_for((tmp_path / "run" / "checkpoint" / "student.pt").exists, process)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=30)
@@ -43,13 +43,13 @@ def test_ctrl_c_in_a_stage_leaves_a_resumable_run(finished, data, cache, tmp_pat
     if stage in ("quantize", "bench"):
         up_to(finished, out, stage)
 
-    real = stages.load_stage
+    original = stages.load_stage
 
     def interrupting(name: str):
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        return interrupted if name == stage else real(name)
+        return interrupted if name == stage else original(name)
 
     monkeypatch.setattr(stages, "load_stage", interrupting)
     stopped = job(data, out, cache)
@@ -57,10 +57,10 @@ def test_ctrl_c_in_a_stage_leaves_a_resumable_run(finished, data, cache, tmp_pat
     assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.stderr
     before = list(record(out)["stages"])
     assert before == list(STAGES[: STAGES.index(stage)])
-    monkeypatch.setattr(stages, "load_stage", real)
-    went_on = job(data, out, cache, "--until", stage if stage in STAGES[4:] else "export")
-    assert went_on.exit_code == 0, went_on.output
-    assert went_on.stderr.count("(kept)") == len(before)
+    monkeypatch.setattr(stages, "load_stage", original)
+    resumed = job(data, out, cache, "--until", stage if stage in STAGES[4:] else "export")
+    assert resumed.exit_code == 0, resumed.output
+    assert resumed.stderr.count("(kept)") == len(before)
     assert stage in record(out)["stages"]
     assert weights(out / "student.safetensors") == weights(finished / "student.safetensors")
     assert [e["losses"] for e in report(out)["epochs"]] == [e["losses"] for e in report(finished)["epochs"]]
@@ -114,8 +114,8 @@ def test_full_disk_while_training_loses_nothing(data, cache, tmp_path, monkeypat
 def up_to(finished: Path, out: Path, stage: str) -> None:
     """Copy a finished run without the results of a stage and those after it."""
     shutil.copytree(finished, out)
-    known = record(out)
+    run_record = record(out)
     for later in STAGES[STAGES.index(stage) :]:
-        for name in known["stages"].pop(later)["outputs"]:
+        for name in run_record["stages"].pop(later)["outputs"]:
             (out / name).unlink()
-    write_text(out / "run.json", json.dumps(known))
+    write_text(out / "run.json", json.dumps(run_record))

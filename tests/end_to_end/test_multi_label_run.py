@@ -25,8 +25,8 @@ METHODS = "quest+kd+mimic+feed"
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = digits_on_canvas.write(tmp_path_factory.mktemp("data") / "canvas", images=160, seed=1)
-    return found
+    path: Path = digits_on_canvas.write(tmp_path_factory.mktemp("data") / "canvas", images=160, seed=1)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +42,28 @@ def test_report_has_map_and_f1_of_the_files_that_ship(run: Path, labels: Path) -
     test = data.test
     targets = np.array([[label in image.labels for label in range(10)] for image in test], dtype=np.float32)
     for key, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
-        found = report[key]["score"]
-        assert found["metric"] == "mAP" and found["correct"] is None
+        score = report[key]["score"]
+        assert score["metric"] == "mAP" and score["correct"] is None
         classifier = Classifier.load(run, file=name)
-        answers = classifier.predict([image.read() for image in test], top=10)
-        p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
+        outputs = classifier.predict([image.read() for image in test], top=10)
+        p = np.array([[dict(output.top)[label] for label in data.classes] for output in outputs])
         logits = np.log(p) - np.log1p(-p)
-        assert found["percent"] == pytest.approx(load_task("multi-label").percent(logits, targets), abs=0.05)
-        decided = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
+        assert score["percent"] == pytest.approx(load_task("multi-label").percent(logits, targets), abs=0.05)
+        decided = np.array([[label in dict(output.labels) for label in data.classes] for output in outputs])
         right = 2 * (decided & (targets > 0)).sum() / (decided.sum() + targets.sum())
-        assert found["details"]["micro F1"]["percent"] == pytest.approx(100 * right)
-        assert found["low"] <= found["percent"] <= found["high"] and found["n"] == len(test)
-    losses = [one["losses"] for one in report["epochs"] if one["stage"] == "student"]
-    assert all({"loss", "ce", *METHODS.split("+")} == set(one) for one in losses)
-    assert all(one["train_accuracy"] is None and one["val_accuracy"] > 0 for one in report["epochs"])
+        assert score["details"]["micro F1"]["percent"] == pytest.approx(100 * right)
+        assert score["low"] <= score["percent"] <= score["high"] and score["n"] == len(test)
+    losses = [epoch["losses"] for epoch in report["epochs"] if epoch["stage"] == "student"]
+    assert all({"loss", "ce", *METHODS.split("+")} == set(row) for row in losses)
+    assert all(epoch["train_accuracy"] is None and epoch["val_accuracy"] > 0 for epoch in report["epochs"])
 
 
 def test_thresholds_are_the_fp32_files_best_on_the_val_images(run: Path, labels: Path) -> None:
     manifest = json.loads((run / "artifact" / "manifest.json").read_text())
     assert manifest["task"] == "multi-label" and len(manifest["thresholds"]) == 10
     data = open_data(str(labels))
-    answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
-    p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
+    outputs = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
+    p = np.array([[dict(output.top)[label] for label in data.classes] for output in outputs])
     targets = np.array([[label in i.labels for label in range(10)] for i in data.val], dtype=np.float32)
     expected = load_task("multi-label").choose_thresholds(np.log(p) - np.log1p(-p), targets)
     np.testing.assert_allclose(manifest["thresholds"], expected, atol=1e-6)
@@ -79,19 +79,19 @@ def test_single_file_predicts_as_the_folder(run: Path, labels: Path) -> None:
     images = sorted((labels.parent / "images").iterdir())[:4]
     alone = Classifier.load(run / "artifact" / "student.int8.onnx").predict(images)
     assert alone == Classifier.load(run).predict(images)
-    for answer in alone:
-        assert answer.top[0] == (answer.label, answer.probability)
+    for prediction in alone:
+        assert prediction.top[0] == (prediction.label, prediction.probability)
 
 
 def test_predict_prints_the_labels_above_their_thresholds(run: Path, labels: Path) -> None:
     image = labels.parent / "images" / "00000.png"
     [expected] = Classifier.load(run).predict([image])
-    told = little.compress("predict", run, image).stdout
+    stdout = little.compress("predict", run, image).stdout
     shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in expected.labels)
-    assert told == f"{image}: {shown or 'none of the labels'}\n"
-    found = json.loads(little.compress("predict", run, image, "--json").stdout)
-    assert [one["label"] for one in found["labels"]] == [label for label, _ in expected.labels]
-    assert len(found["top"]) == 3
+    assert stdout == f"{image}: {shown or 'none of the labels'}\n"
+    content = json.loads(little.compress("predict", run, image, "--json").stdout)
+    assert [row["label"] for row in content["labels"]] == [label for label, _ in expected.labels]
+    assert len(content["top"]) == 3
 
 
 def test_page_shows_map_and_classes_but_no_confusion(run: Path) -> None:
@@ -107,31 +107,31 @@ def test_page_shows_map_and_classes_but_no_confusion(run: Path) -> None:
     assert ", " in example["label"] and 0 < example["student_probability"] <= 1
 
 
-def test_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path) -> None:
+def test_teacher_agreement_compares_predicted_labels(run: Path, labels: Path) -> None:
     report, data = little.report(run), open_data(str(labels))
-    thresholds = np.array([one["threshold"] for one in report["teacher"]["score"]["classes"]])
+    thresholds = np.array([row["threshold"] for row in report["teacher"]["score"]["classes"]])
     teacher = sigmoid(load_file(run / "teacher.logits.safetensors")["0"]) >= thresholds
-    answers = Classifier.load(run).predict([image.read() for image in data.test])
-    student = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
-    alike = int((teacher == student).all(1).sum())
-    assert report["student_int8"]["agreement"]["correct"] == alike
+    outputs = Classifier.load(run).predict([image.read() for image in data.test])
+    student = np.array([[label in dict(output.labels) for label in data.classes] for output in outputs])
+    same = int((teacher == student).all(1).sum())
+    assert report["student_int8"]["agreement"]["correct"] == same
 
 
 def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path) -> None:
-    found, report = validate(run, out=tmp_path, quiet=True), little.report(run)
-    assert found.task == "multi-label" and found.n == report["data"]["test"]
-    for one, key in zip(found.networks, ("student_int8", "student"), strict=False):
-        score = one.score
-        assert score is not None and one.confusion is None
+    result, report = validate(run, out=tmp_path, quiet=True), little.report(run)
+    assert result.task == "multi-label" and result.n == report["data"]["test"]
+    for net, key in zip(result.networks, ("student_int8", "student"), strict=False):
+        score = net.score
+        assert score is not None and net.confusion is None
         assert score.percent == pytest.approx(report[key]["score"]["percent"])
         micro = report[key]["score"]["details"]["micro F1"]["percent"]
         assert score.details["micro F1"].percent == pytest.approx(micro)
-        shown = {of.label: of.n for of in score.classes}
-        assert {of.label: of.n for of in one.per_class} == shown
-    assert not (run / "bench" / "teacher.onnx").exists() and "not compared with a teacher" in found.notes[0]
+        shown = {row.label: row.n for row in score.classes}
+        assert {row.label: row.n for row in net.per_class} == shown
+    assert not (run / "bench" / "teacher.onnx").exists() and "not compared with a teacher" in result.notes[0]
     rows = list(csv.DictReader((tmp_path / "mistakes.csv").open(encoding="utf-8")))
-    assert len(rows) == sum(one.mistakes for one in found.networks)
-    assert all(set(one["label"].split(", ")) != set(one["prediction"].split(", ")) for one in rows)
+    assert len(rows) == sum(net.mistakes for net in result.networks)
+    assert all(set(row["label"].split(", ")) != set(row["prediction"].split(", ")) for row in rows)
     assert "average precision" in (tmp_path / "validation.html").read_text()
 
 

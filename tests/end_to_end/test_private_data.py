@@ -39,15 +39,15 @@ SHIPPED = {
 
 
 def place(root: Path, name: str) -> Path:
-    folder = root / f"zq7{name}zq7" / "colours"
+    folder = root / f"zq7{name}zq7" / "colors"
     folder.mkdir(parents=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def elsewhere(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same run as ``finished``, of the same images in another folder, by somebody else, on another host,
-    without what was stored, and with other times of its files.
+    """The same run as ``finished``, of the same images in another folder, by another user, on another host,
+    with an empty cache and other modification times.
     """
     root = tmp_path_factory.mktemp("elsewhere")
     places = {name: place(root, name) for name in PLACES}
@@ -66,29 +66,29 @@ def elsewhere(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.chdir(places["cwd"])
         assert getpass.getuser() == SECRETS["LOGNAME"]
         out = places["out"] / "run"
-        little.check_success(little.job(Path("../../zq7datazq7/colours"), out, places["cache"]))
+        little.check_success(little.job(Path("../../zq7datazq7/colors"), out, places["cache"]))
         yield out / "artifact"
 
 
 def forms(text: str) -> dict[str, bytes]:
-    """As bytes may hide in a file: plain, in two bytes a letter, in hexadecimal digits, in base64."""
+    """Return the bytes of a text in each encoding: plain, two bytes a letter, hexadecimal, base64."""
     raw = text.encode()
-    found = {"plain": raw, "utf-16": text.encode("utf-16-le"), "hex": raw.hex().encode()}
+    encodings = {"plain": raw, "utf-16": text.encode("utf-16-le"), "hex": raw.hex().encode()}
     for shift in range(3):
         coded = base64.b64encode(bytes(shift) + raw)
-        found[f"base64 from {shift}"] = coded[4 if shift else 0 : -4]
-    return found
+        encodings[f"base64 from {shift}"] = coded[4 if shift else 0 : -4]
+    return encodings
 
 
 def test_artifact_names_no_user_host_or_path(elsewhere: Path) -> None:
     paths = (path for path in elsewhere.rglob("*") if path.is_file())
     content = {path.relative_to(elsewhere).as_posix(): path.read_bytes().lower() for path in paths}
     assert content.keys() == SHIPPED
-    known = {
+    local_paths = {
         str(Path.home()), sys.prefix, sys.executable, str(Path(questpress.pipeline.__path__[0]).parent),
         str(Path(onnx.__file__).parent), os.path.realpath(tempfile.gettempdir()),
     }  # fmt: skip
-    for text in ["zq7", "zq7" + SECRETS["USER"][3:], *(one for one in known if len(one) > 5)]:
+    for text in ["zq7", "zq7" + SECRETS["USER"][3:], *(path for path in local_paths if len(path) > 5)]:
         for form, wanted in forms(text).items():
             # Three letters alone are found by chance where they are coded.
             if text == "zq7" and form != "plain":
@@ -99,20 +99,20 @@ def test_artifact_names_no_user_host_or_path(elsewhere: Path) -> None:
 
 def test_search_finds_planted_strings() -> None:
     for shift in range(3):
-        held = base64.b64encode(b"x" * shift + b"/home/somebody/photos" + b"y" * 5).lower()
-        assert any(one.lower() in held for one in forms("/home/somebody/photos").values())
+        held = base64.b64encode(b"x" * shift + b"/home/username/photos" + b"y" * 5).lower()
+        assert any(form.lower() in held for form in forms("/home/username/photos").values())
     assert forms("ab")["utf-16"] in "xxabxx".encode("utf-16-le")
 
 
-def test_models_contain_no_foreign_strings(elsewhere: Path) -> None:
+def test_models_contain_no_private_strings(elsewhere: Path) -> None:
     for name in ("student.onnx", "student.int8.onnx"):
         model = onnx.load(elsewhere / name)
         assert b".py" not in (elsewhere / name).read_bytes() and not model.doc_string
-        others = {one.key for one in model.metadata_props if not one.key.startswith("questpress.")}
+        others = {entry.key for entry in model.metadata_props if not entry.key.startswith("questpress.")}
         assert others == {"names", "imgsz", "task", "stride"}
         graph = model.graph
         described = (*graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info, graph)
-        assert not any(one.doc_string or one.metadata_props for one in described)
+        assert not any(part.doc_string or part.metadata_props for part in described)
 
 
 def test_same_inputs_make_the_same_bytes(elsewhere: Path, finished: Path) -> None:
@@ -121,8 +121,8 @@ def test_same_inputs_make_the_same_bytes(elsewhere: Path, finished: Path) -> Non
 
 
 def test_only_measured_times_differ_in_the_card(elsewhere: Path, finished: Path) -> None:
-    def told(folder: Path) -> list[str]:
-        """The lines up to the section of times."""
+    def read_card(folder: Path) -> list[str]:
+        """Return the lines above the latency section."""
         return (folder / "README.md").read_text().split("\n## Latency", 1)[0].splitlines()
 
-    assert told(elsewhere) == told(finished / "artifact")
+    assert read_card(elsewhere) == read_card(finished / "artifact")

@@ -18,7 +18,7 @@ from questpress.pipeline.runs.results import Report
 from tests.support import little
 from tests.support.little import compress, files, job, record, refused, report, weights
 
-# Which of them a run writes anew although nothing was missing: the options and how it was called.
+# Files that a repeated run rewrites even if none is missing: the options and the command.
 REWRITTEN = ("config.yaml", "run.json", ".run.json")
 CALLED = (*REWRITTEN, "report.html", "report.md", "report.json")
 
@@ -44,8 +44,8 @@ def test_run_folder_has_the_documented_files(finished):
 
 
 def test_terminal_shows_a_line_for_each_stage(finished):
-    told = (finished.parent / "stderr.txt").read_text().splitlines()
-    done = [line.split()[1] for line in told if line.startswith("✓")]
+    lines = (finished.parent / "stderr.txt").read_text().splitlines()
+    done = [line.split()[1] for line in lines if line.startswith("✓")]
     assert done == list(STAGES)
     end = (finished.parent / "stdout.txt").read_text()
     assert str(finished / "report.html") in end.replace("\n", "")
@@ -65,27 +65,27 @@ def test_digits_are_split_80_10_10_percent(digits):
 
 @pytest.mark.parametrize("subject", ["teacher", "student", "student_int8"])
 def test_report_has_all_fields_of_each_subject(digits, subject):
-    found = report(digits)[subject]
-    accuracy = found["score"]
+    content = report(digits)[subject]
+    accuracy = content["score"]
     assert accuracy["n"] == 179
     assert accuracy["percent"] == pytest.approx(100 * accuracy["correct"] / 179)
     assert accuracy["low"] < accuracy["percent"] < accuracy["high"]
-    file = digits / found["file"]
-    assert found["bytes"] == file.stat().st_size and file.suffix == ".onnx"
-    assert set(found["latency_ms"]) == {"1", "2"}
-    for one in found["latency_ms"].values():
-        p50, p90 = (one["percentiles"][name]["value"] for name in ("p50", "p90"))
-        assert 0 < p50 <= p90 and one["n"] >= 20
+    file = digits / content["file"]
+    assert content["bytes"] == file.stat().st_size and file.suffix == ".onnx"
+    assert set(content["latency_ms"]) == {"1", "2"}
+    for latency in content["latency_ms"].values():
+        p50, p90 = (latency["percentiles"][name]["value"] for name in ("p50", "p90"))
+        assert 0 < p50 <= p90 and latency["n"] >= 20
 
 
 def test_report_names_its_schema_its_teachers_and_the_parity_of_the_export(digits):
-    found = report(digits)
-    assert found["schema_version"] == 3
-    assert [one["name"] for one in found["teachers"]] == [little.TEACHER]
-    assert found["teachers"][0] == found["teacher"]
-    parity = found["student"]["parity"]
+    content = report(digits)
+    assert content["schema_version"] == 3
+    assert [teacher["name"] for teacher in content["teachers"]] == [little.TEACHER]
+    assert content["teachers"][0] == content["teacher"]
+    parity = content["student"]["parity"]
     assert min(parity["max_abs"], parity["max_rel"]) <= 1e-4
-    Report.model_validate(found)
+    Report.model_validate(content)
 
 
 def test_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
@@ -133,7 +133,7 @@ def test_int8_file_is_smaller_and_the_manifest_has_both_checksums(digits):
 @pytest.mark.parametrize("place", ["", "artifact", "artifact/student.int8.onnx", "artifact/student.onnx"])
 def test_predict_accepts_run_artifact_or_file(finished, data, tmp_path, place):
     source = finished / place
-    if source.is_file():  # alone: nothing of the artifact beside it
+    if source.is_file():  # alone: without the rest of the artifact
         source = Path(shutil.copy(source, tmp_path))
     image = next((data / "red").iterdir())
     result = compress("predict", source, image, data / "blue" / "000.png", "--json", "--top", "3")
@@ -141,8 +141,8 @@ def test_predict_accepts_run_artifact_or_file(finished, data, tmp_path, place):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["image"] for line in lines] == [str(image), str(data / "blue" / "000.png")]
     for line in lines:
-        assert {answer["label"] for answer in line["top"]} == set(little.CLASSES)
-        probabilities = [answer["probability"] for answer in line["top"]]
+        assert {entry["label"] for entry in line["top"]} == set(little.CLASSES)
+        probabilities = [entry["probability"] for entry in line["top"]]
         assert math.isclose(sum(probabilities), 1, abs_tol=1e-6)
         assert probabilities == sorted(probabilities, reverse=True)
 
@@ -274,11 +274,11 @@ def test_method_none_trains_the_student_without_a_teachers_loss(data, cache, tmp
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "none", "--data", data, "--out", out,
         "--cache", cache,
     ))  # fmt: skip
-    found = report(out)
-    assert found["method"] == "none" and found["words"] == []
-    student = [e for e in found["epochs"] if e["stage"] == "student"]
+    content = report(out)
+    assert content["method"] == "none" and content["words"] == []
+    student = [e for e in content["epochs"] if e["stage"] == "student"]
     assert all(set(e["losses"]) == {"loss", "ce"} for e in student)
-    assert found["student_int8"]["score"]["n"] == 6
+    assert content["student_int8"]["score"]["n"] == 6
 
 
 def test_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
@@ -315,10 +315,10 @@ def test_method_none_on_the_command_line_wins_over_a_config_with_quest(finished,
     assert report(out)["method"] == "none"
 
 
-def comparable(found: dict[str, Any]) -> Report:
+def comparable(content: dict[str, Any]) -> Report:
     """Return a report without its command, since this run's folder is a copy."""
-    config = {**found["config"], "out": ""}
-    return Report.model_validate({**found, "command": "", "config": config})
+    config = {**content["config"], "out": ""}
+    return Report.model_validate({**content, "command": "", "config": config})
 
 
 def test_json_prints_only_the_report(a_run, data, cache):
@@ -344,7 +344,7 @@ def test_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp_pat
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache, "--until", "teacher"
     )
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "runs" / f"{little.TEACHER}-{little.STUDENT}-colours" / "run.json").exists()
+    assert (tmp_path / "runs" / f"{little.TEACHER}-{little.STUDENT}-colors" / "run.json").exists()
 
 
 def test_python_function_is_the_command_and_returns_the_typed_report(a_run, data, cache):
@@ -365,9 +365,9 @@ def test_val_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path
     )
     out = tmp_path / "run"
     little.check_success(job(given, out, cache, "--val-fraction", "0", "--until", "validate"))
-    found = report(out)
-    assert (found["data"]["train"], found["data"]["val"], found["data"]["test"]) == (36, 0, 12)
-    assert found["student"]["val_score"] is None and found["student"]["score"]["n"] == 12
+    content = report(out)
+    assert (content["data"]["train"], content["data"]["val"], content["data"]["test"]) == (36, 0, 12)
+    assert content["student"]["val_score"] is None and content["student"]["score"]["n"] == 12
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

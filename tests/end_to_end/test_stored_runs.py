@@ -35,7 +35,7 @@ def wide(*arguments: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a cache of its own: two cached views of words and logits."""
+    """A run with a separate cache: two cached views of words and logits."""
     root = tmp_path_factory.mktemp("stored")
     result = little.job(data, root / "run", root / "cache", *VIEWS, "--method", "quest+kd")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -53,11 +53,11 @@ def copied(first: Path, tmp_path: Path) -> Path:
 
 def entries(cache: Path) -> dict[tuple[str, int], Path]:
     """Return the entries by feature and view."""
-    found = {}
+    folders = {}
     for file in (cache / "teacher-outputs").rglob("about.json"):
         about = json.loads(file.read_text())
-        found[about["output"]["readout"], about["view"]] = file.parent
-    return found
+        folders[about["output"]["readout"], about["view"]] = file.parent
+    return folders
 
 
 def test_run_reports_its_cached_outputs(first: Path):
@@ -111,9 +111,9 @@ def test_cached_outputs_give_the_same_weights(copied: Path, data: Path):
     again = little.job(data, copied / "run", copied / "cache", *VIEWS, *method)
     assert again.exit_code == 0 and report(copied / "run")["teacher_cache"]["computed"] == 0
     shutil.rmtree(copied / "cache" / "teacher-outputs")
-    anew = little.job(data, copied / "anew", copied / "cache", *VIEWS, *method)
-    assert anew.exit_code == 0 and report(copied / "anew")["teacher_cache"]["computed"] == 2
-    assert weights(copied / "run" / "student.safetensors") == weights(copied / "anew" / "student.safetensors")
+    new = little.job(data, copied / "new", copied / "cache", *VIEWS, *method)
+    assert new.exit_code == 0 and report(copied / "new")["teacher_cache"]["computed"] == 2
+    assert weights(copied / "run" / "student.safetensors") == weights(copied / "new" / "student.safetensors")
 
 
 @pytest.fixture
@@ -179,15 +179,15 @@ def test_key_depends_on_weights_and_not_on_their_metadata(training_data: Trainin
 
 def test_list_shows_cached_outputs(first: Path):
     run = report(first / "run")
-    told = json.loads(wide("cache", "list", "--json", "--cache", first / "cache").stdout)
-    by_readout = {one["readout"]: one for one in told}
+    rows = json.loads(wide("cache", "list", "--json", "--cache", first / "cache").stdout)
+    by_readout = {row["readout"]: row for row in rows}
     images, top = run["data"]["train"], run["words"][0]["top"]
     assert set(by_readout) == {"map", "logits"}
-    for one in told:
-        assert (one["teacher"], one["data"], one["views"], one["images"]) == (
-            little.TEACHER, "colours", 2, images,
+    for row in rows:
+        assert (row["teacher"], row["data"], row["views"], row["images"]) == (
+            little.TEACHER, "colors", 2, images,
         )  # fmt: skip
-        assert one["bytes"] > 2 * one["bytes_per_view"]
+        assert row["bytes"] > 2 * row["bytes_per_view"]
     assert by_readout["logits"]["bytes_per_view"] == images * 6 and by_readout["logits"]["top"] is None
     assert by_readout["map"]["bytes_per_view"] == images * 16 * (4 * top + 2)
     assert by_readout["map"]["top"] == top
@@ -202,16 +202,16 @@ def test_empty_cache_is_reported(tmp_path: Path):
 
 
 def test_prune_removes_the_least_recently_used(copied: Path):
-    places = entries(copied / "cache")
-    for age, place in enumerate(
-        [places["map", 1], places["logits", 0], places["map", 0], places["logits", 1]]
+    folders = entries(copied / "cache")
+    for age, folder in enumerate(
+        [folders["map", 1], folders["logits", 0], folders["map", 0], folders["logits", 1]]
     ):
-        os.utime(place / "about.json", (1e9 - age, 1e9 - age))
-    sizes = {at: sum(file.stat().st_size for file in place.iterdir()) for at, place in places.items()}
+        os.utime(folder / "about.json", (1e9 - age, 1e9 - age))
+    sizes = {at: sum(file.stat().st_size for file in folder.iterdir()) for at, folder in folders.items()}
     keep = sizes["map", 1] + sizes["logits", 0]
-    told = wide("cache", "prune", "--keep", str(keep), "--cache", copied / "cache").stdout
+    stdout = wide("cache", "prune", "--keep", str(keep), "--cache", copied / "cache").stdout
     assert set(entries(copied / "cache")) == {("map", 1), ("logits", 0)}
-    assert told.startswith("Removed 2 of 4 entries (")
+    assert stdout.startswith("Removed 2 of 4 entries (")
     assert wide("cache", "prune", "--keep", "1GB", "--cache", copied / "cache").stdout.startswith(
         "Removed 0 of 2"
     )

@@ -71,7 +71,7 @@ def test_artifact_writes_no_file_and_opens_no_connection(
         monkeypatch.setenv(name, str(tmp_path))
     # ONNX Runtime 1.31 keeps a number for the device there, and sends it away.
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
-    for asked in (
+    for done in (
         predict(device, "photos/red/000.png"),
         subprocess.run(
             [sys.executable, "-c", "import questpress.export.int8.targets"], capture_output=True, text=True
@@ -80,7 +80,7 @@ def test_artifact_writes_no_file_and_opens_no_connection(
             little.command("predict", device / "artifact", device / "photos"), capture_output=True, text=True
         ),
     ):
-        assert asked.returncode == 0, asked.stderr
+        assert done.returncode == 0, done.stderr
         assert list(tmp_path.iterdir()) == []
 
 
@@ -91,13 +91,13 @@ def predict(device: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_artifact_predicts_as_the_package_to_the_bit(device: Path, finished: Path) -> None:
     done = predict(device, "--json", "--threads", "1", "--top", "3", "photos")
     assert (done.returncode, done.stderr) == (0, "")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == 21
-    assert [one["image"] for one in answers[:2]] == ["photos/blue one.PNG", "photos/red/000.png"]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 21
+    assert [row["image"] for row in rows[:2]] == ["photos/blue one.PNG", "photos/red/000.png"]
     ours = Classifier.load(finished / "artifact", threads=1)
-    for one in answers:
-        [expected] = ours.predict([device / one["image"]], top=3)
-        assert [(a["label"], a["probability"]) for a in one["top"]] == expected.top
+    for row in rows:
+        [expected] = ours.predict([device / row["image"]], top=3)
+        assert [(a["label"], a["probability"]) for a in row["top"]] == expected.top
 
 
 def test_bare_interpreter_is_bare(device: Path) -> None:
@@ -119,7 +119,7 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "error"),
     [
         (["nowhere.jpg"], 1, "cannot read nowhere.jpg: No such file or directory"),
         (["photos/notes.txt"], 1, "cannot read photos/notes.txt: not an image"),
@@ -139,11 +139,11 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
         (["--bench", "photos/notes.txt"], 1, "cannot read photos/notes.txt: not an image"),
     ],
 )
-def test_errors_of_predict_py_are_one_line(device: Path, arguments: list[str], code: int, said: str) -> None:
+def test_errors_of_predict_py_are_one_line(device: Path, arguments: list[str], code: int, error: str) -> None:
     done = predict(device, *arguments)
     assert (done.returncode, done.stdout) == (code, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith("Error: ") and said in line
+    assert line.startswith("Error: ") and error in line
 
 
 def test_readable_images_are_predicted_next_to_an_unreadable_one(device: Path) -> None:
@@ -174,9 +174,9 @@ def blocks(device: Path, language: str) -> list[str]:
 
 
 def test_every_line_of_python_in_the_readme_runs(device: Path) -> None:
-    found = blocks(device, "python")
-    assert len(found) == 3
-    for code in found:
+    samples = blocks(device, "python")
+    assert len(samples) == 3
+    for code in samples:
         done = bare(device, "-c", code, folder=device / "artifact")
         assert (done.returncode, done.stderr) == (0, "")
         assert "cv2" not in code or done.stdout.startswith("red ")
@@ -187,10 +187,10 @@ def test_every_line_of_python_in_the_readme_runs(device: Path) -> None:
 def test_every_predict_command_of_the_readme_runs(device: Path) -> None:
     """Those that install packages and the compiler's are not run here."""
     lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
-    asked = [line for line in lines if line.startswith("python predict.py")]
-    others = {line.split()[0] for line in lines if line not in asked}
-    assert len(asked) == 4 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
-    for line in asked:
+    commands = [line for line in lines if line.startswith("python predict.py")]
+    others = {line.split()[0] for line in lines if line not in commands}
+    assert len(commands) == 4 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
+    for line in commands:
         is_bench = line.endswith("--bench")
         quick = ["--seconds", "0.02", "--out", str(device / "results")] if is_bench else []
         done = bare(device, *line.split()[1:], *quick, folder=device / "artifact")
@@ -224,20 +224,20 @@ def test_cpp_sample_predicts_as_python(device: Path, tmp_path: Path) -> None:
         check=True,
     )
     photo.unlink()
-    told = predict(device, "artifact/photo.jpg", "--file", "student.onnx", "--threads", "1", "--json")
-    expected = json.loads(told.stdout)["top"]
-    found = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
-    assert [label for label, _ in found] == [one["label"] for one in expected]
-    for (_, p), one in zip(found, expected, strict=True):
-        assert float(p) == pytest.approx(one["probability"], abs=1e-6)
+    predicted = predict(device, "artifact/photo.jpg", "--file", "student.onnx", "--threads", "1", "--json")
+    expected = json.loads(predicted.stdout)["top"]
+    rows = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert [label for label, _ in rows] == [entry["label"] for entry in expected]
+    for (_, p), entry in zip(rows, expected, strict=True):
+        assert float(p) == pytest.approx(entry["probability"], abs=1e-6)
 
 
 def front(device: Path) -> dict:
     text = (device / "artifact" / "README.md").read_text(encoding="utf-8")
     _, written, _ = text.split("---\n", 2)
-    found = yaml.safe_load(written)
-    assert isinstance(found, dict)
-    return found
+    fields = yaml.safe_load(written)
+    assert isinstance(fields, dict)
+    return fields
 
 
 def test_card_is_updated_and_names_no_machine(finished: Path, tmp_path: Path) -> None:
@@ -245,4 +245,4 @@ def test_card_is_updated_and_names_no_machine(finished: Path, tmp_path: Path) ->
     latency = little.report(finished)["student_int8"]["latency_ms"]["1"]
     assert "## Latency" in text and f"{latency['percentiles']['p50']['value']:.3g}"[:4] in text
     local = (str(finished.parent), str(tmp_path.parent), os.uname().nodename, str(Path.home()) + "/")
-    assert not [one for one in local if one in text]
+    assert not [name for name in local if name in text]

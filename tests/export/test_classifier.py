@@ -14,7 +14,7 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, manifest, processor, session
 
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
+from tests.support.networks import LABELS, PREPROCESSING, color_classifier, onnx_file
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     accuracy = {"top1": 97.5, "n": 200, "low": 94.3, "high": 98.9}
     shipped = [
-        ShippedFile(onnx_file(colour_classifier(folder / name)), precision, accuracy=accuracy)
+        ShippedFile(onnx_file(color_classifier(folder / name)), precision, accuracy=accuracy)
         for name, precision in (("student.onnx", "fp32"), ("student.int8.onnx", "int8"))
     ]
     write_manifest(
@@ -39,11 +39,11 @@ def plain(*color: int) -> np.ndarray:
 
 def test_probabilities_are_the_softmax_of_the_logits(run: Path) -> None:
     classifier = Classifier.load(run, threads=1)
-    (answer,) = classifier.predict([plain(255, 0, 51)], top=2)
+    (prediction,) = classifier.predict([plain(255, 0, 51)], top=2)
     logits = np.array([10.0, 0.0, 2.0])
     expected = np.exp(logits) / np.exp(logits).sum()
-    assert answer.label == "red" and [label for label, _ in answer.top] == ["red", "blue"]
-    np.testing.assert_allclose([answer.probability, answer.top[1][1]], [expected[0], expected[2]], rtol=1e-6)
+    assert prediction.label == "red" and [label for label, _ in prediction.top] == ["red", "blue"]
+    np.testing.assert_allclose([prediction.probability, prediction.top[1][1]], expected[[0, 2]], rtol=1e-6)
 
 
 def test_run_artifact_and_file_predict_alike(run: Path, tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_run_artifact_and_file_predict_alike(run: Path, tmp_path: Path) -> None:
     lone.write_bytes((run / "artifact" / "student.onnx").read_bytes())
     sources = [tmp_path / "green.png", str(tmp_path / "green.png"), (tmp_path / "green.png").read_bytes()]
     for path in (run, run / "artifact", lone, str(lone)):
-        answers = Classifier.load(path, threads=1).predict(sources)
-        assert [answer.label for answer in answers] == ["green"] * 3
-        assert len(answers[0].top) == 3  # no more than there are classes
+        predictions = Classifier.load(path, threads=1).predict(sources)
+        assert [prediction.label for prediction in predictions] == ["green"] * 3
+        assert len(predictions[0].top) == 3  # no more than there are classes
 
 
 def test_one_image_of_any_kind_gives_one_prediction(run: Path, tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_anything_but_images_is_refused_in_one_sentence(run: Path, images: Any, 
 
 def test_images_are_predicted_in_order_and_in_batches(run: Path) -> None:
     images = [plain(*(255 * (np.arange(3) == i % 3))) for i in range(7)]
-    answers = Classifier.load(run, threads=1).predict(iter(images), batch_size=2)
-    assert [answer.label for answer in answers] == [LABELS[i % 3] for i in range(7)]
+    predictions = Classifier.load(run, threads=1).predict(iter(images), batch_size=2)
+    assert [prediction.label for prediction in predictions] == [LABELS[i % 3] for i in range(7)]
     assert Classifier.load(run, threads=1).predict([]) == []
 
 
@@ -162,7 +162,7 @@ def test_ort_file_is_loaded_with_its_metadata(run: Path, tmp_path: Path) -> None
     options.optimized_model_filepath = str(tmp_path / "student.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
     metadata = runtime.build_metadata(PREPROCESSING, LABELS, {})
-    file = colour_classifier(tmp_path / "student.onnx", metadata)
+    file = color_classifier(tmp_path / "student.onnx", metadata)
     ort.InferenceSession(str(file), options, providers=[runtime.CPU])
     [prediction] = Classifier.load(tmp_path / "student.ort").predict(plain(255, 0, 51))
     assert prediction == Classifier.load(run, precision="fp32").predict(plain(255, 0, 51))[0]
@@ -223,10 +223,10 @@ def test_path_without_an_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ArtifactError, match="is not a valid ONNX file"):
         Classifier.load(tmp_path / "text.onnx")
-    colour_classifier(tmp_path / "bare.onnx", metadata={"made by": "someone else"})
+    color_classifier(tmp_path / "bare.onnx", metadata={"made by": "someone else"})
     with pytest.raises(ArtifactError, match="no questpress metadata"):
         Classifier.load(tmp_path / "bare.onnx")
-    colour_classifier(tmp_path / "two.onnx", runtime.build_metadata(PREPROCESSING, ["red", "green"], {}))
+    color_classifier(tmp_path / "two.onnx", runtime.build_metadata(PREPROCESSING, ["red", "green"], {}))
     with pytest.raises(ArtifactError, match="3 outputs but 2 labels"):
         Classifier.load(tmp_path / "two.onnx")
 
@@ -269,7 +269,7 @@ def test_manifest_refuses_private_paths_and_damage(run: Path) -> None:
     with pytest.raises(ExportError, match="local path"):
         write([], {"data": {"folder": str(folder.resolve())}})
     with pytest.raises(ExportError, match="local path"):
-        write([], {"data": "~somebody/photos"})
+        write([], {"data": "~user/photos"})
     with pytest.raises(ExportError, match="must be distinct"):
         write([ShippedFile(student, "fp32"), ShippedFile(student, "int8")], {})
     with pytest.raises(ExportError, match="damaged"):
@@ -322,7 +322,7 @@ def test_name_may_begin_with_a_tilde(run: Path) -> None:
 
 
 def test_network_may_rule_out_classes_by_minus_infinity(tmp_path: Path) -> None:
-    file = colour_classifier(tmp_path / "net.onnx")
+    file = color_classifier(tmp_path / "net.onnx")
     model = onnx.load(file)
     weights = np.float32(10) * np.eye(3, dtype=np.float32)
     weights[:, 2] = -np.inf
@@ -330,5 +330,5 @@ def test_network_may_rule_out_classes_by_minus_infinity(tmp_path: Path) -> None:
     onnx.save(model, file)
     classifier = Classifier(file.read_bytes(), "net.onnx")
     classifier.preprocessing = Preprocessing.create(8, mean=(-1, -1, -1), std=(1, 1, 1))  # inputs above zero
-    [answer] = classifier.predict([np.full((8, 8, 3), 9, np.uint8)])
-    assert dict(answer.top)[LABELS[2]] == 0
+    [prediction] = classifier.predict([np.full((8, 8, 3), 9, np.uint8)])
+    assert dict(prediction.top)[LABELS[2]] == 0

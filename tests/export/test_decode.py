@@ -244,7 +244,7 @@ def test_truncated_file_is_an_error_that_names_it(kind: str, tmp_path: Path) -> 
 
 def test_non_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("not an image, whatever its name says\n" * 20)
+    (tmp_path / "text.jpg").write_text("not an image, whatever its name is\n" * 20)
     (tmp_path / "folder.jpg").mkdir()
     for name, reason in [
         ("empty.jpg", "empty"),

@@ -1,6 +1,4 @@
-"""What the runtime on a device does with a model or an artifact that somebody made who means harm. There is
-no onnx there to look with.
-"""
+"""Malicious models and artifacts are refused by the runtime on a device, where onnx is not installed."""
 
 import json
 import os
@@ -17,9 +15,9 @@ from questpress.export import predict_cli, runtime
 from questpress.export.runtime import ArtifactError, Classifier, refuse_external_data, session
 
 from tests.support import hostile_onnx
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, write_little_manifest
+from tests.support.networks import LABELS, PREPROCESSING, color_classifier, write_little_manifest
 
-READS = [one for one, told in hostile_onnx.HARMS if "another file" in told or "train with" in told]
+READS = [harm for harm, message in hostile_onnx.HARMS if "another file" in message or "train with" in message]
 
 
 @pytest.mark.parametrize("harm", READS)
@@ -67,8 +65,8 @@ def test_file_of_fields_without_end_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_file_that_begins_like_onnx_runtimes_own_format_is_read_as_onnx(tmp_path: Path) -> None:
-    """Else what was looked at as ONNX would be run as something else."""
-    path = colour_classifier(tmp_path / "x.onnx")
+    """Otherwise a file checked as ONNX would be run in another format."""
+    path = color_classifier(tmp_path / "x.onnx")
     content = path.read_bytes()
     assert content[:2] == b"\x08\x08"  # the version of the format, then whose it is
     path.write_bytes(content[:2] + b"\x12\x04ORTM" + content[2:])
@@ -77,7 +75,7 @@ def test_file_that_begins_like_onnx_runtimes_own_format_is_read_as_onnx(tmp_path
 
 
 def colors(tmp_path: Path, harm: Callable[[onnx.ModelProto], None]) -> Path:
-    model = onnx.load(colour_classifier(tmp_path / "x.onnx"))
+    model = onnx.load(color_classifier(tmp_path / "x.onnx"))
     harm(model)
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     return tmp_path / "x.onnx"
@@ -94,13 +92,13 @@ def takes_text(model: onnx.ModelProto) -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("pooled", TensorProto.STRING, None))
 
 
-def other_answers(model: onnx.ModelProto) -> None:
+def other_outputs(model: onnx.ModelProto) -> None:
     del model.graph.node[2:]
     model.graph.node.append(helper.make_node("Concat", ["flat", "flat"], ["twice"], axis=1))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("twice", TensorProto.FLOAT, None))
 
 
-def answers_of_any_size(model: onnx.ModelProto) -> None:
+def outputs_of_any_size(model: onnx.ModelProto) -> None:
     del model.graph.node[2:]
     model.graph.node.append(helper.make_node("NonZero", ["flat"], ["where"]))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("where", TensorProto.INT64, None))
@@ -115,7 +113,7 @@ def no_labels(model: onnx.ModelProto) -> None:
 
 
 def deep_labels(model: onnx.ModelProto) -> None:
-    entries = {one.key: one.value for one in model.metadata_props}
+    entries = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**entries, "questpress.labels": "[" * 100_000})
 
 
@@ -124,12 +122,12 @@ def a_later_opset(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (two_inputs, r"it takes tensor\(float\), tensor\(float\)"),
         (takes_text, r"it takes tensor\(string\)"),
-        (other_answers, "has 6 outputs but 3 labels"),
-        (answers_of_any_size, r"shape \(1, 3\), got \(2, 0\)"),
+        (other_outputs, "has 6 outputs but 3 labels"),
+        (outputs_of_any_size, r"shape \(1, 3\), got \(2, 0\)"),
         (other_size, "onnxruntime cannot run x.onnx"),
         (no_labels, "labels must be strings"),
         (deep_labels, "metadata of x.onnx is invalid"),
@@ -137,19 +135,19 @@ def a_later_opset(model: onnx.ModelProto) -> None:
     ],
 )
 def test_network_for_another_purpose_is_refused(
-    harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
+    harm: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ArtifactError, match=told) as refused:
+    with pytest.raises(ArtifactError, match=message) as refused:
         Classifier.load(colors(tmp_path, harm), threads=1).predict([np.zeros((8, 8, 3), np.uint8)])
     assert "\n" not in str(refused.value)
 
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """A folder that says of itself what is true."""
+    """An artifact folder with a correct manifest."""
     folder = tmp_path / "artifact"
     folder.mkdir()
-    colour_classifier(folder / "student.onnx")
+    color_classifier(folder / "student.onnx")
     write_little_manifest(folder)
     return folder
 
@@ -164,8 +162,8 @@ def changed(artifact: Path, **change: Any) -> Path:
 
 
 def entry(artifact: Path) -> dict[str, Any]:
-    [found] = json.loads((artifact / "manifest.json").read_text())["files"]
-    return dict(found)
+    [file] = json.loads((artifact / "manifest.json").read_text())["files"]
+    return dict(file)
 
 
 @pytest.mark.parametrize(
@@ -241,13 +239,13 @@ def test_names_have_no_control_characters(artifact: Path, capsys: pytest.Capture
     Image.new("RGB", (8, 8), "red").save(photo)
     for more in ([], ["--json"]):
         assert predict_cli.main(["--artifact", str(folder), "--threads", "1", *more, str(photo)]) == 0
-        told = capsys.readouterr().out
-        assert all(letter.isprintable() or letter in " \n" for letter in told)
+        output = capsys.readouterr().out
+        assert all(letter.isprintable() or letter in " \n" for letter in output)
         if more:
-            assert json.loads(told)["top"][0]["label"] == STEERING
+            assert json.loads(output)["top"][0]["label"] == STEERING
         else:
             escaped = "red\\x1b]0;owned\\x07\\x9b31m\\u202eder\\ud800\\u2028"
-            assert "photo\\x1b[2J.png" in told and escaped in told
+            assert "photo\\x1b[2J.png" in output and escaped in output
     photo.write_text("no image")
     assert predict_cli.main(["--artifact", str(folder), "--threads", "1", str(photo)]) == 1
     assert predict_cli.main(["--artifact", f"{folder}\x1b[2J", str(photo)]) == 1

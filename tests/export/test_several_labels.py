@@ -11,7 +11,7 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, with_metadata
 from questpress.export.runtime import ArtifactError, Classifier
 
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
+from tests.support.networks import LABELS, PREPROCESSING, color_classifier, onnx_file
 
 THRESHOLDS = [0.9, 0.2, 0.5]
 
@@ -22,28 +22,28 @@ def described(thresholds: list[float] | None) -> dict[str, str]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> OnnxFile:
-    return onnx_file(colour_classifier(tmp_path / "student.onnx", described(THRESHOLDS)))
+    return onnx_file(color_classifier(tmp_path / "student.onnx", described(THRESHOLDS)))
 
 
 def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:
     classifier = Classifier.load(file.path)
     pixels = np.full((4, 4, 3), 128, np.uint8)
     logits = classifier.predict_logits(runtime.render(pixels, classifier.preprocessing)[None])[0]
-    [answer] = classifier.predict([pixels])
-    assert sum(probability for _, probability in answer.top) != pytest.approx(1)
+    [prediction] = classifier.predict([pixels])
+    assert sum(probability for _, probability in prediction.top) != pytest.approx(1)
     p = dict(zip(LABELS, 1 / (1 + np.exp(-logits.astype(np.float64))), strict=True))
-    assert dict(answer.top) == pytest.approx(p)
+    assert dict(prediction.top) == pytest.approx(p)
     expected = {label for label, least in zip(LABELS, THRESHOLDS, strict=True) if p[label] >= least}
-    assert {label for label, _ in answer.labels} == expected
-    assert [q for _, q in answer.labels] == sorted((q for _, q in answer.labels), reverse=True)
+    assert {label for label, _ in prediction.labels} == expected
+    assert [q for _, q in prediction.labels] == sorted((q for _, q in prediction.labels), reverse=True)
 
 
 def test_single_label_network_has_no_thresholds(tmp_path: Path) -> None:
     assert not {key for key in described(None) if key in ("questpress.task", "questpress.thresholds")}
-    colour_classifier(tmp_path / "one.onnx", described(None))
+    color_classifier(tmp_path / "one.onnx", described(None))
     classifier = Classifier.load(tmp_path / "one.onnx")
-    [answer] = classifier.predict([np.full((4, 4, 3), (0, 0, 255), np.uint8)])
-    assert classifier.thresholds is None and answer.labels == [(answer.label, answer.probability)]
+    [prediction] = classifier.predict([np.full((4, 4, 3), (0, 0, 255), np.uint8)])
+    assert classifier.thresholds is None and prediction.labels == [(prediction.label, prediction.probability)]
 
 
 def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(file: OnnxFile) -> None:
@@ -57,8 +57,8 @@ def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(
         assert ("task" in manifest) == ("thresholds" in manifest) == (thresholds is not None)
         activation = "softmax" if thresholds is None else "sigmoid"
         assert [output["activation"] for output in manifest["outputs"]] == [activation]
-        found = Classifier.load(folder, precision="fp32").thresholds
-        assert (None if found is None else found.tolist()) == thresholds
+        loaded = Classifier.load(folder, precision="fp32").thresholds
+        assert (None if loaded is None else loaded.tolist()) == thresholds
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def compute_losses(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor],
     images, labels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2] * 2)
     plain, balanced = (distillation(weights={"quest": weight}, balance=on) for on in (False, True))
     # Training mode changes the statistics of BatchNorm only, which do not affect losses of the same step.
-    trainee, teacher = plain.trainable_module, plain.teachers[0](images, frozenset({"map"}))
-    student = trainee.readouts(trainee.normalize(images), frozenset({"map", "logits"}))
-    quest = trainee.methods["quest"](Batch(student, [teacher], labels))["quest"]
+    module, teacher = plain.trainable_module, plain.teachers[0](images, frozenset({"map"}))
+    student = module.readouts(module.normalize(images), frozenset({"map", "logits"}))
+    quest = module.methods["quest"](Batch(student, [teacher], labels))["quest"]
     gradients = [
         torch.autograd.grad(loss, student["map"], retain_graph=True)[0].norm()
         for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
@@ -112,14 +112,14 @@ def test_losses_are_scaled_by_their_gradients(weight: float) -> None:
 
 @pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])
 def test_last_map_is_on_the_path_to_the_logits(student: str) -> None:
-    trainee = DistillationTask(
+    module = DistillationTask(
         build(student, num_classes=3, image_size=32, seed=0), geometry(student, 32), ENGINE,
         methods={"kd": kd()}, balance=True, label_task=CLASSIFICATION,
     ).trainable_module  # fmt: skip
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    read = trainee.readouts(trainee.normalize(images), trainee.reads)
-    assert float(gradient_norm(read["logits"].square().sum(), read[trainee.last_map])) > 0
-    assert read[trainee.last_map].dim() == 4
+    read = module.readouts(module.normalize(images), module.reads)
+    assert float(gradient_norm(read["logits"].square().sum(), read[module.last_map])) > 0
+    assert read[module.last_map].dim() == 4
 
 
 def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> None:

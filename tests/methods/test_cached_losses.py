@@ -105,13 +105,13 @@ def test_word_numbers_above_32767_are_cached():
     quest = method(3, many)
     cached = read_cached(quest, f_t)
     p = p_teacher(f_t, many, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, -1)
-    found = cached["map.ids"].numpy().view(np.uint16)
-    assert found.max() > 32_767
+    ids = cached["map.ids"].numpy().view(np.uint16)
+    assert ids.max() > 32_767
     np.testing.assert_allclose(
-        np.take_along_axis(p, found.astype(np.int64), 2), -np.sort(-p, axis=2)[..., :3], rtol=1e-3
+        np.take_along_axis(p, ids.astype(np.int64), 2), -np.sort(-p, axis=2)[..., :3], rtol=1e-3
     )
     weight = term(quest).weight.detach().numpy().astype(float)
-    target = kept_target(found, cached["map.p"].numpy(), 40_000)
+    target = kept_target(ids, cached["map.p"].numpy(), 40_000)
     assert loss(quest, cached) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=2e-5)
 
 
@@ -124,14 +124,12 @@ def test_loss_from_cached_logits_equals_that_of_rounded_logits(name):
     cached = output.compact({"logits": torch.from_numpy(logits).float()})
     assert cached["logits"].dtype == torch.float16 and output.bytes_per_image == 14
 
-    def of(teacher: torch.Tensor) -> float:
-        labels = torch.arange(6)
-        return sum(
-            one.item() for one in made(Batch({"logits": student}, [{"logits": teacher}], labels, 99)).values()
-        )
+    def compute(teacher: torch.Tensor) -> float:
+        batch = Batch({"logits": student}, [{"logits": teacher}], torch.arange(6), 99)
+        return sum(value.item() for value in made(batch).values())
 
-    assert of(cached["logits"]) == of(torch.from_numpy(logits.astype(np.float16)).float())
-    assert of(cached["logits"]) == pytest.approx(of(torch.from_numpy(logits).float()), rel=5e-3)
+    assert compute(cached["logits"]) == compute(torch.from_numpy(logits.astype(np.float16)).float())
+    assert compute(cached["logits"]) == pytest.approx(compute(torch.from_numpy(logits).float()), rel=5e-3)
 
 
 def target(n: int, k: int, m: int) -> TopWords:

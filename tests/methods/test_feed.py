@@ -104,11 +104,11 @@ def test_error_of_each_teacher_is_a_metric() -> None:
         loss(method, X_T, X_U)
     metrics = method.metrics()
     assert list(metrics) == ["reconstruction_error (0)", "reconstruction_error (1)"]
-    assert [float(one) for one in metrics.values()] == pytest.approx(by_hand(method), rel=1e-6)
+    assert [float(error) for error in metrics.values()] == pytest.approx(by_hand(method), rel=1e-6)
     assert method.metrics() == {}
-    one = feed(FINER)
-    loss(one, X_T)
-    assert list(one.metrics()) == ["reconstruction_error"]
+    single = feed(FINER)
+    loss(single, X_T)
+    assert list(single.metrics()) == ["reconstruction_error"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"transform": "linear"}])
@@ -152,8 +152,8 @@ def test_zero_maps_give_finite_gradients() -> None:
 
 def test_half_precision_maps_are_compared_in_single_precision() -> None:
     large = torch.full((1, 2048, 7, 7), 100.0, dtype=torch.float16)  # whose length is beyond half precision
-    found = direction_error(large, large.roll(1, 1))
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(0, abs=1e-6)
+    error = direction_error(large, large.roll(1, 1))
+    assert error.dtype == torch.float32 and error.item() == pytest.approx(0, abs=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert direction_error(large.bfloat16(), -large.bfloat16()).item() == pytest.approx(2, rel=1e-3)
 
@@ -194,10 +194,10 @@ def test_run_reports_each_teachers_error_and_ships_no_transform(
     report = little.report(run)
     last = [epoch for epoch in report["epochs"] if epoch["stage"] == "student"][-1]
     errors = [last["metrics"][f"reconstruction_error ({t})"] for t in (0, 1)]
-    assert all(0 < one < 1.5 for one in errors)
-    factor = next(one["factor"] for one in report["balance"])
+    assert all(0 < error < 1.5 for error in errors)
+    factor = next(entry["factor"] for entry in report["balance"])
     assert 8.4 * sum(errors) == pytest.approx(last["losses"]["feed"] / factor, rel=1e-3)
-    assert [(one["teacher"], one["error"]) for one in report["reconstruction"]] == [
+    assert [(entry["teacher"], entry["error"]) for entry in report["reconstruction"]] == [
         ("cifar_resnet14", pytest.approx(errors[0])),
         ("cifar_vgg8", pytest.approx(errors[1])),
     ]

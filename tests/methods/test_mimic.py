@@ -122,10 +122,10 @@ def test_gradients_equal_finite_differences(variant: str) -> None:
     method = made({"variant": variant})
     teacher = {"vector": torch.from_numpy(F_T), "logits": torch.from_numpy(Z_T)}
 
-    def of(f_s: torch.Tensor) -> torch.Tensor:
+    def compute(f_s: torch.Tensor) -> torch.Tensor:
         return method(Batch({"vector": f_s}, [teacher], torch.from_numpy(LABELS), 0))["mimic"]
 
-    assert torch.autograd.gradcheck(of, torch.from_numpy(F_S).requires_grad_())
+    assert torch.autograd.gradcheck(compute, torch.from_numpy(F_S).requires_grad_())
 
 
 def test_metrics_measure_the_feature_distance() -> None:
@@ -301,7 +301,7 @@ def test_projection_is_first_trained_alone(data: Path, cache: Path, tmp_path: Pa
     more = ("--set", "mimic.alone=1", "--epochs", "2", "--optimizer", "sgd", "--average-last", "2")
     little.check_success(mimicking(data, tmp_path / "run", cache, *more))
     first, second = (
-        set(one["losses"]) for one in little.report(tmp_path / "run")["epochs"] if one["stage"] == "student"
+        set(x["losses"]) for x in little.report(tmp_path / "run")["epochs"] if x["stage"] == "student"
     )
     assert first == {"loss", "mimic"} and second == {"loss", "ce", "mimic"}
 

@@ -20,7 +20,7 @@ C, H, W = 3, 4, 5
 
 
 class Teacher:
-    """Maps that are given, batch by batch; counts how often they are asked for."""
+    """Fixed maps, batch by batch; counts how often they are read."""
 
     def __init__(self, maps: np.ndarray, cache: Path, batch: int = 7) -> None:
         self.maps, self.batch, self.read = maps, batch, 0
@@ -72,15 +72,15 @@ def blobs(images: int, centres: np.ndarray, spread: float = 0.01) -> np.ndarray:
     return (centres[which] + spread * rng.normal(size=(images, H, W, C))).transpose(0, 3, 1, 2)
 
 
-CENTRES = np.array([[1.0, 2, 3], [10, -5, 2]])
+CENTERS = np.array([[1.0, 2, 3], [10, -5, 2]])
 
 
 def test_separated_blobs_are_found_and_mu_and_perplexity_are_numpys(tmp_path):
-    maps = blobs(30, CENTRES)
+    maps = blobs(30, CENTERS)
     learned = Teacher(maps, tmp_path).learn(2)
     words = learned.words.numpy()
     distances = ((rows(maps)[:, None] - words[None]) ** 2).sum(2)
-    near = np.linalg.norm(words[:, None] - CENTRES[None], axis=2)
+    near = np.linalg.norm(words[:, None] - CENTERS[None], axis=2)
     assert sorted(near.argmin(1)) == [0, 1] and near.min(1).max() < 0.02
     assert learned.mu == pytest.approx(distances.min(1).mean(), rel=1e-2)
     usage = np.bincount(distances.argmin(1), minlength=2) / len(distances)
@@ -206,7 +206,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path, value):
 
 
 def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_path, monkeypatch, capsys):
-    maps = blobs(60, CENTRES)
+    maps = blobs(60, CENTERS)
     in_memory = Teacher(maps, tmp_path / "one").learn(2)
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(vocabulary, "CHUNK", 97 * C)
@@ -216,7 +216,7 @@ def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_pat
     torch.testing.assert_close(streamed.words[order[1]], in_memory.words[order[0]], atol=5e-3, rtol=0)
     assert streamed.features_used == 60 * H * W
     assert streamed.perplexity == pytest.approx(in_memory.perplexity)
-    # Half precision rounds features near 10 by up to 0.004, which is felt beside a spread of 0.01.
+    # Half precision rounds features near 10 by up to 0.004, which matters next to a spread of 0.01.
     assert streamed.mu == pytest.approx(in_memory.mu, rel=0.1)
     assert capsys.readouterr().out == ""
     assert not list((tmp_path / "two").rglob("*.f16"))
@@ -240,7 +240,7 @@ def test_requested_features_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 500}))
     with pytest.raises(JobError, match="600 features of 3 channels require"):
-        Teacher(blobs(30, CENTRES), tmp_path).learn(2, limit=600)
+        Teacher(blobs(30, CENTERS), tmp_path).learn(2, limit=600)
 
 
 def test_full_disk_uses_an_even_sample(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_full_disk_uses_an_even_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(
         vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 60 * H * W})
     )
-    teacher = Teacher(blobs(60, CENTRES), tmp_path)
+    teacher = Teacher(blobs(60, CENTERS), tmp_path)
     learned = teacher.learn(2)
     assert (learned.features, learned.features_used) == (60 * H * W, 400)
     assert any("400 of 1,200 features" in note for note in teacher.notes)

@@ -28,12 +28,10 @@ def opened(png: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def facts() -> dict:
-    """Twenty images whose sixteen cells are grey in steps of ten, in another order in each; a feature is its
-    cell's grey, and the words are these greys.
-    """
+    """Twenty images of sixteen gray cells, shuffled; the features and the words are the gray values."""
     rng = np.random.default_rng(0)
-    greys = np.stack([rng.permutation(16) for _ in range(20)]) * 10
-    cells = greys.reshape(20, 4, 4)
+    grays = np.stack([rng.permutation(16) for _ in range(20)]) * 10
+    cells = grays.reshape(20, 4, 4)
     pixels = np.repeat(np.repeat(cells, 8, axis=1), 8, axis=2)[..., None].repeat(3, 3).astype(np.uint8)
     maps = torch.from_numpy(cells).float()[:, None]
     words = torch.arange(16).float()[:, None] * 10
@@ -43,24 +41,24 @@ def facts() -> dict:
 
 
 def test_patches_show_the_positions_whose_features_are_nearest_to_the_word(facts: dict) -> None:
-    for one in facts["shown"]:
+    for word in facts["shown"]:
         # The most used word is the last: 150.
-        grey = 150 - 10 * (one["rank"] - 1)
-        for patch in one["patches"]:
+        gray = 150 - 10 * (word["rank"] - 1)
+        for patch in word["patches"]:
             middle = opened(patch)[20:28, 20:28]
-            at_the_border = np.abs(opened(patch).astype(int) - grey).min() <= 2
-            assert np.abs(middle.astype(int) - grey).max() <= 2 or at_the_border
+            at_the_border = np.abs(opened(patch).astype(int) - gray).min() <= 2
+            assert np.abs(middle.astype(int) - gray).max() <= 2 or at_the_border
 
 
 def test_words_are_spread_from_the_most_used_to_the_rarest(facts: dict) -> None:
-    ranks = [one["rank"] for one in facts["shown"]]
+    ranks = [word["rank"] for word in facts["shown"]]
     assert len(ranks) == WORDS and ranks[0] == 1 and ranks[-1] == 16
     assert ranks == sorted(ranks)
     assert abs(facts["shown"][0]["share"] - 100 * 15 / 120) < 1e-9
 
 
 def test_word_is_shown_by_patches_of_different_images(facts: dict) -> None:
-    assert all(len(one["patches"]) == PATCHES for one in facts["shown"])
+    assert all(len(word["patches"]) == PATCHES for word in facts["shown"])
     assert facts["seen"] == 20 and facts["patch"] == 16
 
 
@@ -70,7 +68,7 @@ def test_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
     facts = find_patches(
         [(pixels, {"map": maps})], "map", (1, 1), torch.tensor([[0.0], [1.0]]), torch.tensor([1, 1])
     )
-    assert [(one["rank"], one["share"], len(one["patches"])) for one in facts["shown"]] == [
+    assert [(word["rank"], word["share"], len(word["patches"])) for word in facts["shown"]] == [
         (1, 50.0, 1),
         (2, 50.0, 1),
     ]
@@ -105,10 +103,10 @@ def test_usage_is_sorted_with_unused_words_last() -> None:
 
 
 def test_patches_are_computed_once(tmp_path: Path) -> None:
-    looks, keys = [], []
+    calls, keys = [], []
 
     def sample(t: int, reads: frozenset[str], limit: int):
-        looks.append((t, reads, limit))
+        calls.append((t, reads, limit))
         pixels = np.zeros((2, 8, 8, 3), np.uint8)
         return [(pixels, {"map": torch.tensor([[[[0.0]]], [[[1.0]]]])})]
 
@@ -124,7 +122,7 @@ def test_patches_are_computed_once(tmp_path: Path) -> None:
     words = torch.tensor([[0.0], [1.0]])
     vocabulary = SimpleNamespace(words=words, usage=torch.tensor([2, 1]))
     both = [select_patches(context, 0, "map", (1, 1), vocabulary) for _ in range(2)]
-    assert looks == [(0, frozenset({"map"}), 256)]
+    assert calls == [(0, frozenset({"map"}), 256)]
     assert both[0] == both[1] and len(both[0]["shown"]) == 2
     other = SimpleNamespace(words=words + 1, usage=vocabulary.usage)
     select_patches(context, 1, "map", (1, 1), other)

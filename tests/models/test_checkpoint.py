@@ -158,7 +158,7 @@ def test_pickled_network_is_refused_with_a_hint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("notes.txt", b"these are not weights, just words", "neither"),
         ("empty.pth", b"", "neither"),
@@ -168,9 +168,9 @@ def test_pickled_network_is_refused_with_a_hint(tmp_path):
         ("cut.pth", b"PK\x03\x04" + bytes(100), "damaged"),
     ],
 )
-def test_damaged_file_is_refused(tmp_path, name, content, told):
+def test_damaged_file_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelError, match=told) as raised:
+    with pytest.raises(ModelError, match=message) as raised:
         read_checkpoint(tmp_path / name)
     assert "\n" not in str(raised.value) and name in str(raised.value)
 

@@ -15,16 +15,16 @@ FAMILIES = {"cifar_resnet8": 16, "cifar_vgg8": 32, "test_vit": 32, "test_convnex
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str | None]]:
     """Functions that were given to torch.compile, which captures graphs but does not generate code here."""
-    asked: list[tuple[Any, str | None]] = []
-    really = torch.compile
+    compiled: list[tuple[Any, str | None]] = []
+    original = torch.compile
 
     def compile(function: Callable[..., Any], *, dynamic: bool, mode: str | None) -> Any:
-        asked.append((function, mode))
+        compiled.append((function, mode))
         assert dynamic is False
-        return really(function, dynamic=dynamic, backend="aot_eager")
+        return original(function, dynamic=dynamic, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", compile)
-    return asked
+    return compiled
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -39,23 +39,23 @@ def test_compiled_readouts_and_their_gradients_are_the_uncompiled_ones(name: str
         network.compile_features(mode)
         assert set(network.state_dict()) == names
         for reads in ({"logits"}, {"map", "map@0", "vector", "logits"}):
-            found = network(images, frozenset(reads))
-            sum(value.square().mean() for value in found.values()).backward()
+            outputs = network(images, frozenset(reads))
+            sum(value.square().mean() for value in outputs.values()).backward()
         gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
-        results.append((found, gradients, dict(network.named_buffers())))
+        results.append((outputs, gradients, dict(network.named_buffers())))
     assert [mode for _, mode in captured] == ["default", "default"]
-    for one, two in zip(*results, strict=True):
-        assert one.keys() == two.keys()
-        for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+    for plain, compiled in zip(*results, strict=True):
+        assert plain.keys() == compiled.keys()
+        for key in plain:
+            torch.testing.assert_close(plain[key], compiled[key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.usefixtures("captured")
 def test_loss_on_the_logits_has_its_gradient_at_a_compiled_networks_map() -> None:
     readouts = Readouts(build("cifar_resnet8", num_classes=4, image_size=16, seed=0), 16)
     readouts.compile_features("default")
-    found = readouts(torch.randn(2, 3, 16, 16), frozenset({"map", "logits"}))
-    [gradient] = torch.autograd.grad(found["logits"].logsumexp(1).sum(), found["map"], allow_unused=True)
+    outputs = readouts(torch.randn(2, 3, 16, 16), frozenset({"map", "logits"}))
+    [gradient] = torch.autograd.grad(outputs["logits"].logsumexp(1).sum(), outputs["map"], allow_unused=True)
     assert gradient is not None and gradient.abs().sum() > 0
 
 

@@ -13,7 +13,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-# Of each family an image size, and how many of its BatchNorms stand right after a convolution of their own.
+# Of each family an image size, and how many of its BatchNorms directly follow an unshared convolution.
 FAMILIES = {
     "resnet18": (64, 20, 20),
     "mobilenetv2_100": (64, 52, 52),
@@ -138,7 +138,7 @@ KINDS: dict[str, tuple[Callable[[], Toy], int]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_batch_norm_is_folded_only_into_a_convolution_of_its_own(kind: str) -> None:
+def test_batch_norm_is_folded_only_into_an_unshared_convolution(kind: str) -> None:
     torch.manual_seed(0)
     make, left = KINDS[kind]
     network = randomize(make())

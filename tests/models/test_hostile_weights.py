@@ -1,6 +1,4 @@
-"""Weights files of somebody who means harm: nothing in them runs, and nothing comes to more than the file
-is.
-"""
+"""Malicious weights files: nothing in them runs, and memory stays within the size of the file."""
 
 import json
 import os
@@ -26,11 +24,11 @@ from tests.support.little import Calls
 
 
 def refused(file: Path) -> str:
-    with pytest.raises(ModelError) as found:
+    with pytest.raises(ModelError) as raised:
         read_checkpoint(file)
-    told = str(found.value)
-    assert "\n" not in told and file.name in told
-    return told
+    message = str(raised.value)
+    assert "\n" not in message and file.name in message
+    return message
 
 
 @pytest.mark.parametrize(
@@ -78,8 +76,8 @@ def test_packed_archive_is_not_unpacked(form: int, tmp_path: Path) -> None:
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
         zipfile.ZipFile(tmp_path / "w.pth", "w", form) as packed,
     ):
-        for one in plain.infolist():
-            packed.writestr(one.filename, plain.read(one))
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
     assert (tmp_path / "w.pth").stat().st_size < 100_000
     assert "is a compressed archive" in refused(tmp_path / "w.pth")
 
@@ -130,7 +128,7 @@ def test_tensor_that_repeats_its_values_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("odd", "told"),
+    ("odd", "message"),
     [
         (lambda: torch.empty(2, 3, device="meta"), "without values"),
         (lambda: torch.eye(3).to_sparse(), "sparse_coo"),
@@ -140,11 +138,11 @@ def test_tensor_that_repeats_its_values_is_refused(tmp_path: Path) -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_no_plain_ones_are_refused(
-    odd: Callable[[], torch.Tensor], told: str, tmp_path: Path
+    odd: Callable[[], torch.Tensor], message: str, tmp_path: Path
 ) -> None:
     torch.save({"w": torch.zeros(1), "odd": odd()}, tmp_path / "w.pth")
-    said = refused(tmp_path / "w.pth")
-    assert told in said and "'odd'" in said
+    refusal = refused(tmp_path / "w.pth")
+    assert message in refusal and "'odd'" in refusal
 
 
 def test_recursive_collection_is_visited_once(tmp_path: Path) -> None:
@@ -187,11 +185,11 @@ def test_invalid_safetensors_is_refused_without_memory(content: bytes, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "said", ["[" * 100_000, "[1, 2]", '{"a": [0]}', "9" * 5000, '{"a": 0, "b": 0}', "\x1b"]
+    "text", ["[" * 100_000, "[1, 2]", '{"a": [0]}', "9" * 5000, '{"a": 0, "b": 0}', "\x1b"]
 )
-def test_labels_of_another_form_are_no_labels(said: str, tmp_path: Path) -> None:
+def test_labels_of_another_form_are_no_labels(text: str, tmp_path: Path) -> None:
     header = {
-        "__metadata__": {"labels": said, "class_to_idx": said},
+        "__metadata__": {"labels": text, "class_to_idx": text},
         "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
     }
     (tmp_path / "w.safetensors").write_bytes(safetensors(header, bytes(4)))

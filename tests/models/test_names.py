@@ -26,10 +26,10 @@ def test_tag_is_kept_also_behind_an_alias():
 
 
 def test_wrong_tag_lists_the_known_ones():
-    with pytest.raises(UnknownModel) as told:
+    with pytest.raises(UnknownModel) as raised:
         resolve("resnet18.nonesuch")
-    assert "nonesuch" in str(told.value)
-    assert "a1_in1k, " in str(told.value) and "fb_ssl_yfcc100m_ft_in1k" in str(told.value)
+    assert "nonesuch" in str(raised.value)
+    assert "a1_in1k, " in str(raised.value) and "fb_ssl_yfcc100m_ft_in1k" in str(raised.value)
 
 
 def test_renamed_timm_model_resolves():
@@ -50,10 +50,10 @@ def test_renamed_timm_model_resolves():
 )
 def test_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
     assert meant in find_nearest(typed)
-    with pytest.raises(UnknownModel) as told:
+    with pytest.raises(UnknownModel) as raised:
         resolve(typed)
-    assert typed in str(told.value) and meant in str(told.value)
-    assert told.value.exit_code == 2 and isinstance(told.value, ModelError)
+    assert typed in str(raised.value) and meant in str(raised.value)
+    assert raised.value.exit_code == 2 and isinstance(raised.value, ModelError)
 
 
 @pytest.mark.parametrize("typed", ["", ".", "???", "zzzzqqqq"])
@@ -63,8 +63,8 @@ def test_unknown_name_points_to_the_list(typed):
 
 
 def test_pattern_lists_names_and_aliases_in_natural_order():
-    found = find_matching("mobilenetv2*")
-    assert "mobilenetv2" in found and "mobilenetv2_100" in found
+    names = find_matching("mobilenetv2*")
+    assert "mobilenetv2" in names and "mobilenetv2_100" in names
     resnets = find_matching("cifar_resnet*")
     assert resnets.index("cifar_resnet8") < resnets.index("cifar_resnet14") < resnets.index("cifar_resnet110")
     assert find_matching("WRN_16") == ["cifar_wrn_16_1", "cifar_wrn_16_2"]

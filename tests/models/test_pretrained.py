@@ -38,7 +38,7 @@ def test_license_is_free_only_if_it_is_known_to_be():
 
 def test_offline_error_lists_three_remedies(cache):
     started = time.monotonic()
-    with pytest.raises(ModelError) as told:
+    with pytest.raises(ModelError) as raised:
         fetch_pretrained("resnet50", option="--student-weights")
     assert time.monotonic() - started < 10
     for way in (
@@ -48,8 +48,8 @@ def test_offline_error_lists_three_remedies(cache):
         str(cache),
         "cannot be reached",
     ):
-        assert way in str(told.value)
-    assert "\n" not in str(told.value) and told.value.exit_code == 1
+        assert way in str(raised.value)
+    assert "\n" not in str(raised.value) and raised.value.exit_code == 1
 
 
 @pytest.mark.usefixtures("cache")
@@ -64,9 +64,9 @@ def test_failed_download_is_reported_as_unreachable(monkeypatch):
 
 
 def test_model_without_published_weights_is_reported():
-    with pytest.raises(ModelError, match="no published weights") as told:
+    with pytest.raises(ModelError, match="no published weights") as raised:
         fetch_pretrained("cifar_resnet56")
-    assert "reached" not in str(told.value) and "--teacher-weights none" in str(told.value)
+    assert "reached" not in str(raised.value) and "--teacher-weights none" in str(raised.value)
 
 
 def test_cached_weights_need_no_network(cache):

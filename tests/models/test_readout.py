@@ -29,11 +29,11 @@ def family(request):
 def test_every_family_gives_map_vector_and_logits_of_the_stated_shapes(family):
     readouts, size = family
     x = torch.randn(3, 3, size, size)
-    found = readouts(x, frozenset({"map", "vector", "logits"}))
-    assert found["map"].shape == (3, *readouts.shapes.map)
-    assert found["vector"].shape == (3, readouts.shapes.vector)
-    assert found["logits"].shape == (3, readouts.shapes.logits) == (3, 5)
-    assert torch.equal(found["logits"], readouts.network(x))
+    outputs = readouts(x, frozenset({"map", "vector", "logits"}))
+    assert outputs["map"].shape == (3, *readouts.shapes.map)
+    assert outputs["vector"].shape == (3, readouts.shapes.vector)
+    assert outputs["logits"].shape == (3, readouts.shapes.logits) == (3, 5)
+    assert torch.equal(outputs["logits"], readouts.network(x))
     assert torch.equal(readouts(x)["logits"], readouts.network(x))
 
 
@@ -62,15 +62,15 @@ def test_cells_are_the_classifier_on_means_of_the_map(family):
         with pytest.raises(ModelError, match="does not classify the mean of its map"):
             readouts.check(frozenset({"cells"}))
         return
-    found = readouts(torch.randn(2, 3, size, size), frozenset({"cells", "map", "logits"}))
-    classify, f = readouts.network.get_classifier(), found["map"]
+    outputs = readouts(torch.randn(2, 3, size, size), frozenset({"cells", "map", "logits"}))
+    classify, f = readouts.network.get_classifier(), outputs["map"]
     height, width = f.shape[2:]
     lower_left = f[..., height // 2 :, : ceil(width / 2)]
     corner = f[..., : ceil(height / 4), : ceil(width / 4)]
     for index, cell in ((0, f), (3, lower_left), (5, corner)):
         expected = classify(cell.mean((2, 3)))
-        torch.testing.assert_close(found["cells"][:, index], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found["cells"][:, 0], found["logits"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs["cells"][:, index], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs["cells"][:, 0], outputs["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -120,23 +120,23 @@ def test_levels_are_counted_from_either_end_and_come_in_the_same_pass():
     x = torch.randn(2, 3, 64, 64)
     calls = []
     handle = readouts.network.conv1.register_forward_hook(lambda *_: calls.append(1))
-    found = readouts(x, frozenset({"map", "map@1", "map@-2", "logits"}))
+    outputs = readouts(x, frozenset({"map", "map@1", "map@-2", "logits"}))
     handle.remove()
     assert len(calls) == 1
-    torch.testing.assert_close(found["map@1"], readouts.network.forward_intermediates(x, indices=[1])[1][0])
-    torch.testing.assert_close(found["map"], F.relu(readouts.network.layer4(found["map@-2"])))
-    assert found["map@-2"].shape[1:] == readouts.shapes.levels[-2] == (256, 4, 4)
+    torch.testing.assert_close(outputs["map@1"], readouts.network.forward_intermediates(x, indices=[1])[1][0])
+    torch.testing.assert_close(outputs["map"], F.relu(readouts.network.layer4(outputs["map@-2"])))
+    assert outputs["map@-2"].shape[1:] == readouts.shapes.levels[-2] == (256, 4, 4)
 
 
 @pytest.mark.parametrize(("name", "size"), [("cifar_vgg8", 32), ("vgg11_bn", 64)])
 @torch.no_grad()
 def test_vgg_shows_its_map_before_the_last_relu(name, size):
     readouts = Readouts(build(name, num_classes=3, image_size=size, seed=0).eval())
-    found = readouts(torch.randn(2, 3, size, size), frozenset({"map", "map_pre", "logits"}))
-    assert (found["map_pre"] < 0).any() and found["map_pre"].shape[1:] == readouts.shapes.map_pre
-    after = F.relu(found["map_pre"])
-    after = F.max_pool2d(after, 2) if after.shape != found["map"].shape else after
-    assert torch.equal(after, found["map"])
+    outputs = readouts(torch.randn(2, 3, size, size), frozenset({"map", "map_pre", "logits"}))
+    assert (outputs["map_pre"] < 0).any() and outputs["map_pre"].shape[1:] == readouts.shapes.map_pre
+    after = F.relu(outputs["map_pre"])
+    after = F.max_pool2d(after, 2) if after.shape != outputs["map"].shape else after
+    assert torch.equal(after, outputs["map"])
     assert "map_pre" not in Readouts(build("cifar_resnet8", num_classes=3, image_size=32)).offers
 
 

@@ -31,10 +31,10 @@ def test_rounded_weights_give_equal_bits_with_fewer_operations(name: str) -> Non
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 expected = plain(images, reads)
                 with Operations() as count:
-                    found = rounded(images, reads)
+                    outputs = rounded(images, reads)
                 counts.append(count.counts)
             for read, value in expected.items():
-                assert found[read].dtype == value.dtype and torch.equal(found[read], value)
+                assert outputs[read].dtype == value.dtype and torch.equal(outputs[read], value)
         with torch.autocast("cpu", torch.bfloat16), Operations() as before:
             plain(images, reads)
     layers = [module for module in rounded.modules() if hasattr(module, "rounded_weight")]

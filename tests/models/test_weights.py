@@ -180,11 +180,11 @@ def test_weights_of_another_architecture_are_refused_with_the_keys_and_change_no
     source = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=1).state_dict()
     network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(ModelError) as told:
+    with pytest.raises(ModelError) as raised:
         load_into(network, checkpoint(source), allow_head_mismatch=True)
-    assert "cifar_resnet8" in str(told.value) and "layer1.0.conv1.weight" in str(told.value)
-    assert "block1.layer.0.bn1.weight" in str(told.value) and "\n" not in str(told.value)
-    assert str(told.value).count("weight") < 25
+    assert "cifar_resnet8" in str(raised.value) and "layer1.0.conv1.weight" in str(raised.value)
+    assert "block1.layer.0.bn1.weight" in str(raised.value) and "\n" not in str(raised.value)
+    assert str(raised.value).count("weight") < 25
     assert same(network, before)
 
 

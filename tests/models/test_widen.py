@@ -43,16 +43,16 @@ def images() -> torch.Tensor:
 def test_merged_network_is_the_plain_network(name: str, width: int, images: torch.Tensor) -> None:
     network = widened(name, width)
     plain = build(name, num_classes=5, image_size=32, seed=0)
-    one = merged(network)
+    result = merged(network)
     with torch.no_grad():
-        expected, found = network(images), one(images)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
-    assert {key: value.shape for key, value in one.state_dict().items()} == {
+        expected, output = network(images), result(images)
+    assert torch.allclose(output, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    assert {key: value.shape for key, value in result.state_dict().items()} == {
         key: value.shape for key, value in plain.state_dict().items()
     }
-    assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in plain.parameters())
-    assert isinstance(network.get_classifier(), Widened)  # the one that goes on learning stays as it is
-    assert merged(one) is one
+    assert sum(p.numel() for p in result.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert isinstance(network.get_classifier(), Widened)  # the network in training is unchanged
+    assert merged(result) is result
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -61,12 +61,12 @@ def test_vector_is_the_projected_one(name: str, images: torch.Tensor) -> None:
     readouts = Readouts(network, 32)
     assert readouts.shapes.vector == 17 and readouts.classifier_reads_vector
     with torch.no_grad():
-        found = readouts(images, READS)
+        outputs = readouts(images, READS)
         last = network.get_classifier().classifier
-        assert torch.equal(last(found["vector"]), found["logits"])
-        assert torch.allclose(found["logits"], network(images), atol=1e-5)
+        assert torch.equal(last(outputs["vector"]), outputs["logits"])
+        assert torch.allclose(outputs["logits"], network(images), atol=1e-5)
         plain = network.forward_head(network.forward_features(images), pre_logits=True)
-        assert torch.allclose(network.get_classifier().embed(plain.flatten(1)), found["vector"], atol=1e-6)
+        assert torch.allclose(network.get_classifier().embed(plain.flatten(1)), outputs["vector"], atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [64, 100])
@@ -110,16 +110,16 @@ def test_dropout_before_the_classifier_does_not_stand_in_the_way(images: torch.T
     widen(network, 9, seed=0)
     readouts = Readouts(network, 32).train()
     assert readouts.shapes.vector == 9
-    found = readouts(images, READS)
-    assert not torch.allclose(network.get_classifier().classifier(found["vector"]), found["logits"])
+    outputs = readouts(images, READS)
+    assert not torch.allclose(network.get_classifier().classifier(outputs["vector"]), outputs["logits"])
     with torch.no_grad():
         network.eval()
         assert torch.allclose(merged(network)(images), network(images), atol=1e-5)
 
 
 def test_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
-    found = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
-    assert found is not None and found.shape == (5, 1024)
+    weight = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
+    assert weight is not None and weight.shape == (5, 1024)
     assert classifier_weight(build("cifar_resnet8", num_classes=0, image_size=32, seed=0)) is None
 
 

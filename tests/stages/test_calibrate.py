@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -88,20 +87,20 @@ def test_temperature_is_in_the_manifest_and_in_both_files(plain, tempered):
     ("key", "name"), [("student", "student.onnx"), ("student_int8", "student.int8.onnx")]
 )
 def test_calibration_is_measured_on_each_shipped_file_before_and_after(plain, tempered, key, name):
-    found = report(tempered)
-    measured = found[key]["calibration"]
-    t = found["temperature"]["value"]
+    results = report(tempered)
+    measured = results[key]["calibration"]
+    t = results["temperature"]["value"]
     given, labels = logits(tempered, name)
     assert measured["temperature"] == t and measured["n"] == len(labels) == 179
     assert measured["nll"] == pytest.approx(nll(given, labels), rel=1e-4)
     assert measured["before"]["nll"] == pytest.approx(nll(given * t, labels), rel=1e-4)
     assert measured["ece"] != measured["before"]["ece"]
-    assert measured["accuracy"] == pytest.approx(found[key]["score"]["percent"])
+    assert measured["accuracy"] == pytest.approx(results[key]["score"]["percent"])
     without = report(plain)[key]["calibration"]
     assert without["before"] is None and without["temperature"] is None
     if key == "student":
         assert measured["before"]["ece"] == pytest.approx(without["ece"], abs=0.01)
-    assert found["temperature"]["nll_after"] < found["temperature"]["nll_before"]
+    assert results["temperature"]["nll_after"] < results["temperature"]["nll_before"]
 
 
 def nll(z: np.ndarray, labels: np.ndarray) -> float:
@@ -110,11 +109,11 @@ def nll(z: np.ndarray, labels: np.ndarray) -> float:
 
 
 def test_teachers_calibration_is_measured_too(plain):
-    found = report(plain)
-    assert found["teacher"]["calibration"]["n"] == 179
-    assert found["teachers"][0]["calibration"] == found["teacher"]["calibration"]
-    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["score"]["percent"])
-    Report.model_validate(found)
+    teacher, teachers = (report(plain)[key] for key in ("teacher", "teachers"))
+    assert teacher["calibration"]["n"] == 179
+    assert teachers[0]["calibration"] == teacher["calibration"]
+    assert teacher["calibration"]["accuracy"] == pytest.approx(teacher["score"]["percent"])
+    Report.model_validate(report(plain))
 
 
 def test_report_shows_the_temperature(tempered):
@@ -130,9 +129,9 @@ def test_several_teachers_are_measured_each_and_together(data, cache, tmp_path):
         data, out, cache, "--teacher", little.STUDENT, "--method", "quest", "--until", "validate"
     )
     assert result.exit_code == 0, result.output
-    found: dict[str, Any] = report(out)
-    assert [one["calibration"]["n"] for one in found["teachers"]] == [6, 6]
-    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["score"]["percent"])
+    teacher, teachers = (report(out)[key] for key in ("teacher", "teachers"))
+    assert [entry["calibration"]["n"] for entry in teachers] == [6, 6]
+    assert teacher["calibration"]["accuracy"] == pytest.approx(teacher["score"]["percent"])
 
 
 def test_calibrate_without_val_images_is_refused(cache, tmp_path):

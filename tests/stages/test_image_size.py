@@ -51,17 +51,17 @@ def test_rectangle_reaches_every_file_and_command(tall: Path, tmp_path: Path, ca
     for file, sides in (("artifact/student.int8.onnx", [24, 9]), ("bench/teacher.onnx", [32, 12])):
         shape = onnx.load(out / file).graph.input[0].type.tensor_type.shape.dim
         assert [side.dim_value for side in shape[2:]] == sides
-    told = report(out)
-    assert (told["image_size"], told["teacher_image_size"]) == ([24, 9], [32, 12])
-    assert told["data"]["shown"] == 100 and told["teacher"]["score"]["percent"] > 60
+    results = report(out)
+    assert (results["image_size"], results["teacher_image_size"]) == ([24, 9], [32, 12])
+    assert results["data"]["shown"] == 100 and results["teacher"]["score"]["percent"] > 60
     assert "24 × 9 pixels (height × width) (teacher: 32 × 12" in (out / "report.md").read_text()
     validated = little.check_success(compress("validate", out, "--json", "--out", tmp_path / "v"))
     networks = {network["file"]: network for network in json.loads(validated.stdout)["networks"]}
-    assert networks["student.int8.onnx"]["score"]["percent"] == told["student_int8"]["score"]["percent"]
+    assert networks["student.int8.onnx"]["score"]["percent"] == results["student_int8"]["score"]["percent"]
     photo = next((tall / "red").iterdir())
     alone = [sys.executable, str(out / "artifact" / "predict.py"), str(photo), "--json"]
-    answer = json.loads(subprocess.run(alone, capture_output=True, text=True, check=True).stdout)
-    assert answer["top"][0]["label"] == Classifier.load(out).predict([photo])[0].label
+    prediction = json.loads(subprocess.run(alone, capture_output=True, text=True, check=True).stdout)
+    assert prediction["top"][0]["label"] == Classifier.load(out).predict([photo])[0].label
     again = job(tall, out, cache, *sizes, *more, "--dry-run")
     assert "at 32x12 px" in little.check_success(again).output
 
@@ -72,17 +72,17 @@ def test_crops_that_hide_most_of_the_pictures_are_reported(tall: Path, tmp_path:
         done = little.check_success(
             job(tall, tmp_path / resize, cache, *more, "--no-flip", "--teacher-epochs", "6")
         )
-        told = report(tmp_path / resize)
-        warned = [text for text in told["warnings"] if "hides more than half of the picture in 100%" in text]
+        results = report(tmp_path / resize)
+        warned = [w for w in results["warnings"] if "hides more than half of the picture in 100%" in w]
         assert len(warned) == (resize == "crop") == done.output.count("Warning: The center crop hides")
         page = (tmp_path / resize / "report.md").read_text()
         if resize == "crop":
             assert "62% of the median picture" in warned[0]
             assert "--image-size HEIGHT,WIDTH (40,16 has" in warned[0]
-            assert told["data"]["shown"] == pytest.approx(37.5)
+            assert results["data"]["shown"] == pytest.approx(37.5)
             assert "The input shows 37.5 % of the median image; --resize" in page
         else:
-            assert told["teacher"]["score"]["percent"] > 60
+            assert results["teacher"]["score"]["percent"] > 60
             assert "The input shows 100.0 % of the median image." in page
 
 
@@ -104,20 +104,20 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
     assert teacher[2].dim_value == 16
     photo = next((data / "red").iterdir())
     assert Classifier.load(smaller).predict([photo])[0].label in little.CLASSES
-    told = report(smaller)
-    assert (told["image_size"], told["teacher_image_size"]) == (12, 16)
-    assert told["student"]["score"]["n"] == told["teacher"]["score"]["n"]
+    results = report(smaller)
+    assert (results["image_size"], results["teacher_image_size"]) == (12, 16)
+    assert results["student"]["score"]["n"] == results["teacher"]["score"]["n"]
     assert "12 × 12 pixels (teacher: 16 × 16 pixels)" in (smaller / "report.md").read_text()
 
 
 def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path) -> None:
     """Students of all sizes read the same cached outputs."""
-    asked = (
+    options = (
         *(*little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", tmp_path / "cache"),
         *("--cache-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
     )
     for size in ("16", "12", "8"):
-        little.check_success(compress(*asked, "--student-size", size, "--out", tmp_path / size))
+        little.check_success(compress(*options, "--student-size", size, "--out", tmp_path / size))
     assert [report(tmp_path / size)["teacher_cache"]["computed"] for size in ("16", "12", "8")] == [2, 0, 0]
     assert "student-size" not in json.dumps(little.record(tmp_path / "16")["config"])
 
@@ -126,14 +126,14 @@ def test_run_with_all_views_cached_equals_an_online_run(tmp_path: Path, cache: P
     """With a single distinct view, cached and online outputs are the same."""
     photos = little.photos(tmp_path / "photos")
     one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
-    for name, views in (("stored", "1"), ("asked", "0")):
+    for name, views in (("stored", "1"), ("online", "0")):
         until = ("--until", "student")
         little.check_success(job(photos, tmp_path / name, cache, *one_view, "--cache-views", views, *until))
-    stored, asked = (
+    stored, online = (
         [epoch["losses"]["kd"] for epoch in report(tmp_path / name)["epochs"] if epoch["stage"] == "student"]
-        for name in ("stored", "asked")
+        for name in ("stored", "online")
     )
-    assert stored == pytest.approx(asked, rel=1e-3)
+    assert stored == pytest.approx(online, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["pad_crop", "resized_crop"])
@@ -151,7 +151,7 @@ def test_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     assert (small.float() - down).abs().mean() < (0.51 if kind == "pad_crop" else 2.0)
     pixels = done.pixels
     box, _ = draw_crops(policy, 3, done.keys, numbers, pixels.heights, pixels.widths)
-    assert len({tuple(row) for row in box.tolist()}) > 1, "the crops differ, so that the comparison says much"
+    assert len({tuple(row) for row in box.tolist()}) > 1, "all crops are equal"
 
 
 def test_student_of_larger_images_is_refused(data: Path, tmp_path: Path, cache: Path) -> None:
@@ -168,6 +168,6 @@ def test_recipe_is_the_papers() -> None:
 
 
 def test_estimate_counts_the_students_own_size(data: Path, tmp_path: Path) -> None:
-    asked = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
-    told = {size: compress(*asked, "--student-size", size).output for size in ("16", "8")}
-    assert "at 16 px, " in told["16"] and "at 8 px, " in told["8"]
+    options = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
+    outputs = {size: compress(*options, "--student-size", size).output for size in ("16", "8")}
+    assert "at 16 px, " in outputs["16"] and "at 8 px, " in outputs["8"]

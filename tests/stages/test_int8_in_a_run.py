@@ -57,19 +57,19 @@ def activations(file: Path) -> set[int]:
 
 
 def test_calibrators_are_tried_and_one_ships(a_run: Path) -> None:
-    (found,) = report(a_run)["int8"]
-    assert found["target"] == "x86-vnni" and found["file"] == "artifact/student.int8.onnx"
-    names = [one["name"] for one in found["tried"]]
-    assert names[0] == "minmax"
-    (ships,) = [one for one in found["tried"] if one["ships"]]
-    assert ships["holds"] and ships["score"] == max(one["score"] for one in found["tried"] if one["holds"])
+    (entry,) = report(a_run)["int8"]
+    assert entry["target"] == "x86-vnni" and entry["file"] == "artifact/student.int8.onnx"
+    candidates = entry["tried"]
+    assert candidates[0]["name"] == "minmax"
+    (ships,) = [c for c in candidates if c["ships"]]
+    assert ships["holds"] and ships["score"] == max(c["score"] for c in candidates if c["holds"])
     assert ships["p50"] > 0 and ships["speedup"]["over"] == "fp32"
-    times = {tuple(one["kept_float"]): one["p50"] for one in found["tried"]}
-    assert all(one["p50"] == times[tuple(one["kept_float"])] for one in found["tried"])  # timed once
-    file = a_run / found["file"]
+    times = {tuple(c["kept_float"]): c["p50"] for c in candidates}
+    assert all(c["p50"] == times[tuple(c["kept_float"])] for c in candidates)  # timed once
+    file = a_run / entry["file"]
     assert ships["bytes"] == file.stat().st_size
-    assert found["role"] == "val" and found["n"] == 6
-    kinds = {one["op_type"] for one in found["float_parts"]}
+    assert entry["role"] == "val" and entry["n"] == 6
+    kinds = {node["op_type"] for node in entry["float_parts"]}
     assert "QuantizeLinear" in kinds or "DequantizeLinear" in kinds
     assert not list(a_run.glob(".int8*"))  # candidates leave nothing behind
 
@@ -77,8 +77,8 @@ def test_calibrators_are_tried_and_one_ships(a_run: Path) -> None:
 def test_calibration_images_are_recorded_by_hash(a_run: Path) -> None:
     recipe = report(a_run)["student_int8"]["quantization"]
     assert len(recipe["calibration"]["calibration_hash"]) == 64 and recipe["calibration"]["images"] == 16
-    said = {e.key: e.value for e in onnx.load(str(a_run / "artifact/student.int8.onnx")).metadata_props}
-    assert json.loads(said["questpress.quantization"]) == recipe
+    metadata = {e.key: e.value for e in onnx.load(str(a_run / "artifact/student.int8.onnx")).metadata_props}
+    assert json.loads(metadata["questpress.quantization"]) == recipe
 
 
 def test_files_of_single_images_are_the_same_otherwise(a_run: Path, tmp_path: Path, data: Path) -> None:
@@ -201,13 +201,13 @@ def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tm
         if t.data_type == TensorProto.INT8 and t.name.endswith("weight_quantized")
     ]
     assert weights and max(int(abs(w.astype(int)).max()) for w in weights) <= 64
-    found = {one["target"]: one for one in report(out)["int8"]}
-    assert "this machine is" in found["arm64"]["not_timed"] and found["arm64"]["test_score"]["n"] > 0
-    assert found["x86"]["not_timed"] is None
-    assert all(one["p50"] is None for one in found["arm64"]["tried"])
-    # What answers on this processor, and on one of the others.
+    entries = {entry["target"]: entry for entry in report(out)["int8"]}
+    assert "this machine is" in entries["arm64"]["not_timed"] and entries["arm64"]["test_score"]["n"] > 0
+    assert entries["x86"]["not_timed"] is None
+    assert all(candidate["p50"] is None for candidate in entries["arm64"]["tried"])
+    # The default file on this processor.
     assert Classifier.load(artifact).name == "student.int8.onnx"
-    # Asked for one target alone, what was made for the others goes.
+    # An export for a single target removes the files for the others.
     assert little.compress("export", out, "--target", "x86-vnni").exit_code == 0
     assert sorted(p.name for p in artifact.glob("*.onnx")) == ["student.int8.onnx", "student.onnx"]
 
@@ -227,9 +227,9 @@ def test_fp32_ships_if_no_candidate_is_within_the_budget(
     result = little.check_success(little.compress("export", out, "--max-drop", "0", "--bench-seconds", "0.1"))
     assert [entry["name"] for entry in manifest(out)["files"]] == ["student.onnx"]
     assert not list((out / "artifact").glob("student.int8*"))
-    told = report(out)
-    assert told["student_int8"] is None and told["int8"][0]["file"] is None
-    names = [one["name"] for one in told["int8"][0]["tried"]]
+    results = report(out)
+    assert results["student_int8"] is None and results["int8"][0]["file"] is None
+    names = [candidate["name"] for candidate in results["int8"][0]["tried"]]
     assert any("biases corrected" in name for name in names) and any("nodes float" in name for name in names)
     assert Classifier.load(out).name == "student.onnx"
     assert "no int8" in result.stderr
@@ -249,22 +249,22 @@ def test_file_over_budget_ships_with_a_warning(
     monkeypatch.setattr(quantize, "Budget", OneImageLost)
     result = little.compress("export", out, "--max-drop", "0.7", "--calibration", "minmax")
     assert result.exit_code == 0, (result.output, result.exception)
-    [told] = [warning for warning in report(out)["warnings"] if "--max-drop" in warning]
-    assert told in result.stderr
+    [warning] = [text for text in report(out)["warnings"] if "--max-drop" in text]
+    assert warning in result.stderr
     for word in (
         "loses 16.67 points on 6 validation images, more than --max-drop 0.7",
         "this is 1 image only, which may be chance",
         "compress export RUN --qat",
         "--file student.onnx",
     ):
-        assert word in told
+        assert word in warning
 
 
 def test_training_images_decide_without_val_images(tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
     result = little.check_success(job(data, out, cache, "--val-fraction", "0", "--until", "quantize"))
-    (found,) = report(out)["int8"]
-    assert found["role"] == "train" and found["n"] == 16
+    (entry,) = report(out)["int8"]
+    assert entry["role"] == "train" and entry["n"] == 16
     assert "There are no val images" in result.stderr
 
 
@@ -315,7 +315,7 @@ def test_other_activation_is_recorded_and_checked(tmp_path: Path, data: Path, ca
     assert again.exit_code != 0 and "--activation relu6" in again.stderr
 
 
-def tried(low: float) -> Candidate:
+def build_candidate(low: float) -> Candidate:
     return Candidate(
         name="minmax", calibration="minmax", equalized=False, bias_corrected=False, kept_float=[],
         score=90.0, lost=0.0, sqnr=30.0, holds=True, ships=True, bytes=1, p50=1.0,
@@ -329,12 +329,12 @@ def test_slow_int8_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
     parts = [FloatNode(name="a", op_type="HardSigmoid", why=kernel)] * 3
     monkeypatch.setattr(quantize, "detect_target", lambda: "x86-vnni")
-    assert quantize.why_slow(tried(1.01), parts) is None
-    told = quantize.why_slow(tried(0.9), parts)
-    assert told is not None and "3 of its nodes run in float" in told and "--activation relu6" in told
-    assert "so small" in (quantize.why_slow(tried(0.9), []) or "")
+    assert quantize.why_slow(build_candidate(1.01), parts) is None
+    reason = quantize.why_slow(build_candidate(0.9), parts)
+    assert reason is not None and "3 of its nodes run in float" in reason and "--activation relu6" in reason
+    assert "so small" in (quantize.why_slow(build_candidate(0.9), []) or "")
     monkeypatch.setattr(quantize, "detect_target", lambda: "x86")
-    assert "VNNI" in (quantize.why_slow(tried(0.9), parts) or "")
+    assert "VNNI" in (quantize.why_slow(build_candidate(0.9), parts) or "")
     monkeypatch.setattr(quantize, "detect_target", lambda: "arm64")
     monkeypatch.setattr(quantize, "lacks_dot_products", lambda: True)
-    assert "no int8 dot product" in (quantize.why_slow(tried(0.9), parts) or "")
+    assert "no int8 dot product" in (quantize.why_slow(build_candidate(0.9), parts) or "")

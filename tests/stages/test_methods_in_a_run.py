@@ -52,7 +52,7 @@ def test_student_that_ships_is_timms_plain_network_without_heads(
     plain.load_state_dict(shipped, strict=True)
     weights = onnx.load(folder / "artifact" / "student.onnx").graph.initializer
     # BatchNorm is folded into the convolutions: weights and biases are left, and no head's matrix among them.
-    numbers = sum(len(onnx.numpy_helper.to_array(one).ravel()) for one in weights)
+    numbers = sum(len(onnx.numpy_helper.to_array(tensor).ravel()) for tensor in weights)
     assert numbers <= sum(parameter.numel() for parameter in plain.parameters())
 
 

@@ -39,13 +39,13 @@ def test_readouts_are_found_in_the_graph_and_equal_the_networks(name: str, tmp_p
     network = build(name, num_classes=5, image_size=32, seed=0).eval()
     graph, images = graph_of(network, 32, tmp_path)
     reads = frozenset({"map", "vector", "logits"})
-    found = QuantizedReadouts(graph, network, images[:4], images[:4], reads)
+    readouts = QuantizedReadouts(graph, network, images[:4], images[:4], reads)
     with torch.no_grad(), graph.rounding(frozenset()):
-        mine, its = found(images, reads), Readouts(network, 32)(images, reads)
+        mine, its = readouts(images, reads), Readouts(network, 32)(images, reads)
     for read in reads:
         assert torch.allclose(mine[read], its[read], atol=2e-3 * float(its[read].abs().max())), read
     with torch.no_grad():  # and rounded they are what the quantized network sees
-        assert not torch.equal(found(images, reads)["map"], mine["map"])
+        assert not torch.equal(readouts(images, reads)["map"], mine["map"])
 
 
 def test_missing_feature_in_the_graph_is_refused(tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def recovered(request: Any, tmp_path_factory: pytest.TempPathFactory, data: Path
 
 
 def test_learned_ranges_reach_the_quantizer(recovered: Path) -> None:
-    (found,) = report(recovered)["int8"]
-    assert found["tried"][0]["name"] == "learned"
+    (entry,) = report(recovered)["int8"]
+    assert entry["tried"][0]["name"] == "learned"
     assert report(recovered)["recovery"]["epochs"] == 2
     before = {t.name: t for t in onnx.load(str(recovered / "artifact/student.onnx")).graph.initializer}
     after = {t.name: t for t in onnx.load(str(recovered / "qat/student.onnx")).graph.initializer}
@@ -93,7 +93,7 @@ def test_learned_ranges_reach_the_quantizer(recovered: Path) -> None:
     ]
     assert len(moved) > 5
     ranges = json.loads((recovered / "qat/ranges.json").read_text())["ranges"]
-    assert ranges and all(one["scale"] > 0 for one in ranges.values())
+    assert ranges and all(entry["scale"] > 0 for entry in ranges.values())
 
 
 def test_methods_resume_with_their_heads(recovered: Path) -> None:

@@ -12,7 +12,7 @@ from tests.support import little
 from tests.support.little import job, record, refused, report, weights
 
 ROUNDS = ("--rounds", "2")
-"""Of QuEST, so that each round has words of its own."""
+"""With QuEST, the default, so that each round has different words."""
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_second_round_is_taught_by_the_first_student(
 
 
 def test_report_has_each_rounds_accuracy(rounds: Path) -> None:
-    found = report(rounds)
-    told = [(one["round"], one["teacher"], one["seed"], one["file"]) for one in found["rounds"]]
-    assert told == [(1, little.TEACHER, 0, "round.1.safetensors"), (2, "round 1", 1, "student.safetensors")]
-    for one in found["rounds"]:
-        assert one["val_score"]["n"] == found["data"]["val"]
-        assert one["score"]["n"] == found["data"]["test"]
-    assert found["student"]["val_score"] == found["rounds"][1]["val_score"]
-    assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
+    results = report(rounds)
+    rows = [(entry["round"], entry["teacher"], entry["seed"], entry["file"]) for entry in results["rounds"]]
+    assert rows == [(1, little.TEACHER, 0, "round.1.safetensors"), (2, "round 1", 1, "student.safetensors")]
+    for entry in results["rounds"]:
+        assert entry["val_score"]["n"] == results["data"]["val"]
+        assert entry["score"]["n"] == results["data"]["test"]
+    assert results["student"]["val_score"] == results["rounds"][1]["val_score"]
+    assert {epoch["stage"] for epoch in results["epochs"]} == {"teacher", "round 1", "student"}
     for page in ("report.md", "report.html"):
         assert "2 (shipped)" in (rounds / page).read_text()
 
@@ -79,8 +79,8 @@ def test_run_resumes_in_its_round(
         monkeypatch.setattr(
             student, "prepare", lambda c, *rest: real_prepare(c, *rest) if c.round.ships else 1 / 0
         )
-    went_on = little.check_success(job(data, out, cache, *ROUNDS, "--until", "student"))
-    assert went_on.stderr.count("(kept)") == (1 if stage == "round 1" else 3)
+    resumed = little.check_success(job(data, out, cache, *ROUNDS, "--until", "student"))
+    assert resumed.stderr.count("(kept)") == (1 if stage == "round 1" else 3)
     for name in ("round.1.safetensors", "student.safetensors"):
         assert weights(out / name) == weights(rounds / name)
     losses = [(epoch["stage"], epoch["losses"]) for epoch in report(out)["epochs"]]
@@ -99,16 +99,16 @@ def test_repeated_rounds_are_kept_and_other_rounds_refused(rounds: Path, data: P
 
 
 def test_rounds_require_one_teacher_and_a_method(data: Path, cache: Path, tmp_path: Path) -> None:
-    def asked(*more: str) -> Any:
+    def run(*more: str) -> Any:
         return little.compress(
             *little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--cache", cache,
             *ROUNDS, *more,
         )  # fmt: skip
 
-    result = asked("--teacher", little.STUDENT)
+    result = run("--teacher", little.STUDENT)
     refused(result, 2, "--rounds 2 requires one teacher, got 2 teachers", "name one --teacher")
-    refused(asked("--teachers-from-seeds", "3"), 2, "--rounds 2 requires one teacher, got 3 teachers")
-    refused(asked("--method", "none"), 2, "--rounds 2", "--method none")
+    refused(run("--teachers-from-seeds", "3"), 2, "--rounds 2 requires one teacher, got 3 teachers")
+    refused(run("--method", "none"), 2, "--rounds 2", "--method none")
     assert not (tmp_path / "run").exists()
 
 

@@ -18,7 +18,7 @@ from tests.support.little import CLASSES, STUDENT, TEACHER, compress, refused, r
 COMMON = ("--student", STUDENT, *little.SMALL, *little.SHORT)
 
 
-def distilled(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
+def distill(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
     return compress(*COMMON, "--data", data, "--out", out, "--cache", cache, *more)
 
 
@@ -26,7 +26,7 @@ def distilled(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
 def seeds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers of one architecture."""
     out = tmp_path_factory.mktemp("runs") / "seeds"
-    little.check_success(distilled(
+    little.check_success(distill(
         data, out, cache, "--teacher", TEACHER, "--teacher-weights", "none", "--teachers-from-seeds", "2",
         "--method", "feed+kd", "--set", "feed.transform=linear", "--until", "student",
     ))  # fmt: skip
@@ -37,7 +37,7 @@ def test_teachers_from_seeds_have_their_own_seeds(
     seeds: Path, finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     assert weights(seeds / "teacher.0.safetensors") == weights(finished / "teacher.safetensors")
-    other = distilled(
+    other = distill(
         data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher-weights", "none", "--seed", "1",
         "--until", "teacher",
     )  # fmt: skip
@@ -57,20 +57,20 @@ def test_resumed_run_takes_its_finished_teacher_from_the_cache(
     monkeypatch.setattr(teacher, "_train", train_first)
     options = ("--teacher-weights", "none", "--teachers-from-seeds", "2", "--until", "teacher")
     arguments = (data, out, tmp_path / "cache", "--teacher", TEACHER, *options)
-    assert distilled(*arguments).exit_code == 130
+    assert distill(*arguments).exit_code == 130
     monkeypatch.undo()
-    assert little.check_success(distilled(*arguments)).stderr.count("taken from the cache") == 1
+    assert little.check_success(distill(*arguments)).stderr.count("taken from the cache") == 1
     for name in ("teacher.0.safetensors", "teacher.1.safetensors"):
         assert weights(out / name) == weights(seeds / name)
     assert [epoch["epoch"] for epoch in report(out)["epochs"]] == [1, 2, 1, 2]
 
 
 def test_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
-    found = report(seeds)
-    assert [one["name"] for one in found["teachers"]] == [TEACHER] * 2
-    assert all(one["score"]["n"] == found["data"]["test"] for one in found["teachers"])
-    assert found["teacher"]["name"] == f"2 × {TEACHER}" and found["teacher"]["weights"] == "ensemble"
-    assert found["title"] == f"{STUDENT} from 2 × {TEACHER}"
+    results = report(seeds)
+    assert [entry["name"] for entry in results["teachers"]] == [TEACHER] * 2
+    assert all(entry["score"]["n"] == results["data"]["test"] for entry in results["teachers"])
+    assert results["teacher"]["name"] == f"2 × {TEACHER}" and results["teacher"]["weights"] == "ensemble"
+    assert results["title"] == f"{STUDENT} from 2 × {TEACHER}"
     for page in ("report.md", "report.html"):
         text = (seeds / page).read_text()
         assert "Teacher 0" in text and "Teacher 1" in text and "Teacher ensemble" in text
@@ -94,14 +94,14 @@ def test_teachers_of_different_networks_teach_together(
     data: Path, cache: Path, tmp_path: Path, method: str
 ) -> None:
     words = ("--set", "quest.words=8") if method == "quest" else ()
-    little.check_success(distilled(
+    little.check_success(distill(
         data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", "cifar_vgg8", "--teacher-weights",
         "none", "--method", method, *words, "--until", "student",
     ))  # fmt: skip
-    found = report(tmp_path / "run")
-    assert [one["name"] for one in found["teachers"]] == [TEACHER, "cifar_vgg8"]
-    assert all(epoch["losses"].get(method, 1) > 0 for epoch in found["epochs"])
-    assert len(found["words"]) == (2 if method == "quest" else 0)
+    results = report(tmp_path / "run")
+    assert [entry["name"] for entry in results["teachers"]] == [TEACHER, "cifar_vgg8"]
+    assert all(epoch["losses"].get(method, 1) > 0 for epoch in results["epochs"])
+    assert len(results["words"]) == (2 if method == "quest" else 0)
 
 
 def trained(file: Path, labels: tuple[str, ...], name: str = TEACHER) -> Path:
@@ -110,8 +110,8 @@ def trained(file: Path, labels: tuple[str, ...], name: str = TEACHER) -> Path:
     return file
 
 
-def asked(data: Path, out: Path, cache: Path, *more: str | Path) -> Any:
-    return distilled(data, out, cache, "--teacher", TEACHER, "--teacher", "cifar_resnet20", *more)
+def distill_two(data: Path, out: Path, cache: Path, *more: str | Path) -> Any:
+    return distill(data, out, cache, "--teacher", TEACHER, "--teacher", "cifar_resnet20", *more)
 
 
 @pytest.mark.parametrize("option", ["--teacher-weights", "--teacher-head"])
@@ -120,7 +120,7 @@ def test_weights_and_heads_are_given_once_or_per_teacher(
 ) -> None:
     value = {"--teacher-weights": "none", "--teacher-head": "auto"}[option]
     given = [option, value] * 3
-    line = refused(asked(data, tmp_path / "run", cache, *given), 2, option, "3 times for 2 teachers")
+    line = refused(distill_two(data, tmp_path / "run", cache, *given), 2, option, "3 times for 2 teachers")
     assert "Repeat it for each --teacher" in line
 
 
@@ -128,7 +128,7 @@ def test_weights_and_heads_belong_to_the_teachers_in_their_order(
     finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
-    little.check_success(asked(
+    little.check_success(distill_two(
         data, tmp_path / "run", cache, "--teacher-weights", finished / "teacher.safetensors",
         "--teacher-weights", two, "--teacher-head", "keep", "--teacher-head", "replace", "--until", "teacher",
     ))  # fmt: skip
@@ -146,7 +146,7 @@ def test_weights_for_different_classes_are_refused(
     one = trained(tmp_path / "one.safetensors", CLASSES)
     two = trained(tmp_path / "two.safetensors", others, "cifar_resnet20")
     files = ("--teacher-weights", one, "--teacher-weights", two)
-    result = asked(data, tmp_path / "run", cache, *files, "--teacher-head", head)
+    result = distill_two(data, tmp_path / "run", cache, *files, "--teacher-head", head)
     refused(result, 2, "different classes", "one.safetensors has blue, green, red", ", ".join(others))
     assert not (tmp_path / "run").exists()
 
@@ -155,7 +155,7 @@ def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:
     two = trained(tmp_path / "two.safetensors", ("a", "b", "c", "d"), "cifar_resnet20")
-    result = asked(
+    result = distill_two(
         data, tmp_path / "run", cache, "--teacher-weights", "none", "--teacher-weights", two,
         "--teacher-head", "auto", "--teacher-head", "keep",
     )  # fmt: skip
@@ -168,15 +168,15 @@ def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(
 ) -> None:
     out = tmp_path / "run"
     seeds = ("--teachers-from-seeds", "3")
-    refused(asked(data, out, cache, *seeds), 2, "--teachers-from-seeds 3", "one --teacher, got 2")
+    refused(distill_two(data, out, cache, *seeds), 2, "--teachers-from-seeds 3", "one --teacher, got 2")
 
-    def one(*more: str | Path) -> Any:
-        return distilled(data, out, cache, "--teacher", TEACHER, *seeds, *more)
+    def run(*more: str | Path) -> Any:
+        return distill(data, out, cache, "--teacher", TEACHER, *seeds, *more)
 
     fits = ("--teacher-weights", finished / "teacher.safetensors")
     for head in ("keep", "none"):
-        refused(one(*fits, "--teacher-head", head), 2, "--teachers-from-seeds 3", f"--teacher-head {head}")
-    refused(one(*fits), 1, "--teachers-from-seeds 3", f"the head of {TEACHER}", "--teacher-head replace")
+        refused(run(*fits, "--teacher-head", head), 2, "--teachers-from-seeds 3", f"--teacher-head {head}")
+    refused(run(*fits), 1, "--teachers-from-seeds 3", f"the head of {TEACHER}", "--teacher-head replace")
 
 
 def test_names_of_teachers_are_joined() -> None:

@@ -28,7 +28,7 @@ from tests.support.pictures import open_folder
 NAME = "cifar_resnet8"
 
 
-def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_split(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a split's images [N,3,16,16] and labels without our reader."""
     g = geometry(NAME, 16)
     p = Preprocessing.create(16, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
@@ -42,7 +42,7 @@ def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(data: Path) -> nn.Module:
     """Train a network on the colors in a plain loop of torch."""
     network: nn.Module = build(NAME, num_classes=3, image_size=16, seed=3)
-    images, labels = normalised(data, "train")
+    images, labels = load_split(data, "train")
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(15):
         optimizer.zero_grad()
@@ -54,7 +54,7 @@ def trained(data: Path) -> nn.Module:
 @pytest.fixture(scope="module")
 def named(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save its weights with the names of its classes."""
-    file = tmp_path_factory.mktemp("weights") / "colours.safetensors"
+    file = tmp_path_factory.mktemp("weights") / "colors.safetensors"
     save_weights(trained, file, {"labels": json.dumps(CLASSES)})
     return file
 
@@ -76,12 +76,12 @@ def test_weights_that_fit_are_used_as_they_are_and_measured_as_torch_measures_th
 ):
     little.check_success(teach(data, tmp_path, cache, named))
     for role, key in (("test", "score"), ("val", "val_score")):
-        images, labels = normalised(data, role)
+        images, labels = load_split(data, role)
         with torch.no_grad():
             right = int((trained(images).argmax(1) == labels).sum())
         assert teacher(tmp_path)[key]["correct"] == right and teacher(tmp_path)[key]["n"] == len(labels)
     assert (
-        teacher(tmp_path)["head"] == "kept" and "colours.safetensors (sha256" in teacher(tmp_path)["weights"]
+        teacher(tmp_path)["head"] == "kept" and "colors.safetensors (sha256" in teacher(tmp_path)["weights"]
     )
     assert report(tmp_path / "run")["epochs"] == []
     before = trained.state_dict()
@@ -163,7 +163,7 @@ def test_runs_teacher_that_was_exchanged_for_a_pickle_is_not_opened(
     call = Calls(Path.touch, Path("made_by_a_pickle"))
     torch.save({"state_dict": {}, "extra": call}, tmp_path / "run" / "teacher.safetensors")
     refused(teach(data, tmp_path / "other", cache, tmp_path / "run" / "teacher.safetensors"), 1, "damaged")
-    assert teach(data, tmp_path, cache, named).exit_code == 0  # made anew, by its checksum
+    assert teach(data, tmp_path, cache, named).exit_code == 0  # written again, since its checksum differs
     assert not (tmp_path / "made_by_a_pickle").exists()
 
 
@@ -173,22 +173,22 @@ def test_weights_that_are_not_finite_are_not_taught_from(trained, data, cache, t
     with torch.no_grad():
         broken.conv1.weight[0, 0, 0, 0] = float("nan")
     save_weights(broken, tmp_path / "w.safetensors", {})
-    told = refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "conv1.weight", "not finite")
-    assert "w.safetensors" in told and not (tmp_path / "run/teacher.safetensors").exists()
+    line = refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "conv1.weight", "not finite")
+    assert "w.safetensors" in line and not (tmp_path / "run/teacher.safetensors").exists()
 
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_missing_student_weights_are_reported_before_training(data, cache, tmp_path, monkeypatch, dry):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    asked = (
+    options = (
         "--student", "mobilenetv3_small_050", *SMALL, "--data", data, "--image-size", "32",
         "--out", tmp_path / "run", "--cache", cache, *(["--dry-run"] if dry else []),
     )  # fmt: skip
-    alone = compress("--teacher", little.TEACHER, "--teacher-weights", "none", *asked)
-    told = refused(alone, 1, "--student-weights FILE", "--student-weights none", "mobilenetv3_small_050")
-    assert "--teacher-weights" not in told
-    both = compress("--teacher", "resnet18", *asked)
+    alone = compress("--teacher", little.TEACHER, "--teacher-weights", "none", *options)
+    line = refused(alone, 1, "--student-weights FILE", "--student-weights none", "mobilenetv3_small_050")
+    assert "--teacher-weights" not in line
+    both = compress("--teacher", "resnet18", *options)
     refused(both, 1, "--teacher-weights none --student-weights none", "resnet18", "mobilenetv3_small_050")
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
 
@@ -199,24 +199,24 @@ def test_unfitting_student_weights_are_reported_before_training(data, cache, tmp
     (tmp_path / "w.txt").write_text("no weights at all")
     for name, word in (("w.safetensors", "conv1.weight"), ("w.txt", "w.txt")):
         given = ("--student-weights", tmp_path / name, *(["--dry-run"] if dry else []))
-        told = refused(little.job(data, tmp_path / "run", cache, *given), 1, name, word)
-        assert "teacher" not in told
+        line = refused(little.job(data, tmp_path / "run", cache, *given), 1, name, word)
+        assert "teacher" not in line
     assert not list((tmp_path / "run").glob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_resumed_run_needs_no_weights(a_run, data, cache, monkeypatch):
-    asked: list[list[str]] = []
+    checked: list[list[str]] = []
     monkeypatch.setattr(
         "questpress.pipeline.api.run.check_weights",
-        lambda _options, _data, stages, **_: asked.append(stages),
+        lambda _options, _data, stages, **_: checked.append(stages),
     )
     little.check_success(little.job(data, a_run, cache, "--dry-run"))
-    assert asked == [[]]
+    assert checked == [[]]
 
 
 def test_student_without_published_weights_starts_from_scratch_with_a_note(finished):
-    told = (finished.parent / "stderr.txt").read_text()
-    assert f"timm has no pretrained weights for {STUDENT}: the student starts from scratch" in told
+    stderr = (finished.parent / "stderr.txt").read_text()
+    assert f"timm has no pretrained weights for {STUDENT}: the student starts from scratch" in stderr
     assert report(finished)["student"]["weights"] == "scratch"
 
 
@@ -318,12 +318,12 @@ def test_trained_teacher_is_taken_from_the_cache(
         )  # fmt: skip
         if "two processes" in more:
             started = several.start(tmp_path / f"{out.name} output", several.command, *arguments)
-            assert started.codes() == [0, 0] and not started.said(1), started.said(0)
-            stderr = started.said(0)
+            assert started.codes() == [0, 0] and not started.output(1), started.output(0)
+            stderr = started.output(0)
         else:
             stderr = little.check_success(compress(*arguments)).stderr
-        facts = {name: report(out)[name] for name in ("epochs", "teachers")}
-        return stderr, facts, [weights(file) for file in sorted(out.glob("teache*[0-9r].safetensors"))]
+        results = {name: report(out)[name] for name in ("epochs", "teachers")}
+        return stderr, results, [weights(file) for file in sorted(out.glob("teache*[0-9r].safetensors"))]
 
     before = run(tmp_path / "first", *both)
     assert all(file.stat().st_nlink == 2 for file in (tmp_path / "first").glob("teache*[0-9r].safetensors"))

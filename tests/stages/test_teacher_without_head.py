@@ -35,7 +35,7 @@ def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_features(contrastive: Path, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def headless(contrastive: Path, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "headless"
     result = little.check_success(little.compress(
         *OPTIONS, "--teacher-weights", contrastive, "--method", "mimic", "--set", "mimic.hashes=32",
@@ -46,40 +46,40 @@ def of_features(contrastive: Path, data: Path, cache: Path, tmp_path_factory: py
     return out
 
 
-def test_headless_backbone_is_loaded_and_not_tuned(of_features: Path) -> None:
+def test_headless_backbone_is_loaded_and_not_tuned(headless: Path) -> None:
     plain: nn.Module = build(NAME, num_classes=0, image_size=32, seed=7)
-    kept = load_file(of_features / "teacher.safetensors")
+    kept = load_file(headless / "teacher.safetensors")
     assert kept.keys() == plain.state_dict().keys()
     assert all(torch.equal(value, kept[key]) for key, value in plain.state_dict().items())
-    assert not any(one["stage"] == "teacher" for one in little.report(of_features)["epochs"])
+    assert not any(epoch["stage"] == "teacher" for epoch in little.report(headless)["epochs"])
 
 
-def test_headless_teacher_has_no_accuracy(of_features: Path) -> None:
-    report = little.report(of_features)
+def test_headless_teacher_has_no_accuracy(headless: Path) -> None:
+    report = little.report(headless)
     assert report["teacher"]["head"] == "none" and report["teacher"]["score"] is None
     assert report["student_int8"]["score"]["n"] > 0 and report["student_int8"]["agreement"] is None
-    assert report["examples"] and all(one["teacher"] is None for one in report["examples"])
-    told = f"{NAME} has no classifier head"
+    assert report["examples"] and all(example["teacher"] is None for example in report["examples"])
+    note = f"{NAME} has no classifier head"
     for text in (
-        (of_features / "report.html").read_text(),
-        (of_features / "report.md").read_text().replace("\\", ""),
-        " ".join((of_features.parent / "stdout.txt").read_text().split()),
+        (headless / "report.html").read_text(),
+        (headless / "report.md").read_text().replace("\\", ""),
+        " ".join((headless.parent / "stdout.txt").read_text().split()),
     ):
-        assert told in text
+        assert note in text
         assert "None" not in text
-    assert "features only, no accuracy" in (of_features.parent / "stderr.txt").read_text()
+    assert "features only, no accuracy" in (headless.parent / "stderr.txt").read_text()
 
 
-def test_headless_teacher_is_timed_as_onnx(of_features: Path) -> None:
-    graph = onnx.load(of_features / "bench" / "teacher.onnx").graph
-    assert [one.name for one in graph.output] == ["features"]
-    assert little.report(of_features)["teacher"]["latency_ms"]["1"]["n"] > 0
-    manifest = json.loads((of_features / "artifact" / "manifest.json").read_text())
+def test_headless_teacher_is_timed_as_onnx(headless: Path) -> None:
+    graph = onnx.load(headless / "bench" / "teacher.onnx").graph
+    assert [output.name for output in graph.output] == ["features"]
+    assert little.report(headless)["teacher"]["latency_ms"]["1"]["n"] > 0
+    manifest = json.loads((headless / "artifact" / "manifest.json").read_text())
     assert manifest["origin"]["teachers"][0]["name"] == NAME
 
 
-def test_hash_std_follows_from_the_width_and_the_loss_uses_all_samples(of_features: Path) -> None:
-    report = little.report(of_features)
+def test_hash_std_follows_from_the_width_and_the_loss_uses_all_samples(headless: Path) -> None:
+    report = little.report(headless)
     assert report["hashes"][0]["std"] == pytest.approx(64**-0.5)
     assert "teacher_right" not in report["epochs"][-1]["metrics"]
 

@@ -48,7 +48,7 @@ def draw(height: int, width: int, rectangles: Sequence[Rectangle]) -> Scene:
 
 
 def scene(seed: int, height: int = 64, width: int = 80, names: Sequence[str] = tuple(COLORS)) -> Scene:
-    """Return a scene with a rectangle of each name, each in a column of its own."""
+    """Return a scene with a rectangle of each name, each in a separate column."""
     rng = np.random.default_rng(seed)
     column = width // max(1, len(names))
     rectangles = []

@@ -227,10 +227,10 @@ class Device(TorchDispatchMode):
                     written.stream, written.time = stream, stream.time
         if target is not None and target.type == "cpu":
             return result
-        known = {id(x.host): x for x in ours} | {id(x): x for x in tensors if not isinstance(x, CudaTensor)}
+        inputs = {id(x.host): x for x in ours} | {id(x): x for x in tensors if not isinstance(x, CudaTensor)}
 
         def wrap(x: Any) -> Any:
-            return CudaTensor(x) if isinstance(x, Tensor) and id(x) not in known else known.get(id(x), x)
+            return CudaTensor(x) if isinstance(x, Tensor) and id(x) not in inputs else inputs.get(id(x), x)
 
         return _map(wrap, result)
 

@@ -48,7 +48,7 @@ def rewritten(model: onnx.ModelProto, batch: np.ndarray, rules: Collection[str] 
     """Rewrite a model, assert that its outputs are the same, and return the rules that changed it."""
     before = copy.deepcopy(model)
     changed = rewrite(model, rules)
-    assert_same_answers(before, model, batch)
+    assert_same_outputs(before, model, batch)
     return changed
 
 
@@ -56,21 +56,21 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def answers(model: onnx.ModelProto, batch: np.ndarray, *, optimised: bool = True) -> list[np.ndarray]:
+def run_graph(model: onnx.ModelProto, batch: np.ndarray, *, optimized: bool = True) -> list[np.ndarray]:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"input": batch})
 
 
-def assert_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, batch: np.ndarray) -> None:
+def assert_same_outputs(before: onnx.ModelProto, after: onnx.ModelProto, batch: np.ndarray) -> None:
     """Compare outputs within 1e-5 of their range, with and without the optimizations of ONNX Runtime."""
     onnx.checker.check_model(after, full_check=True)
-    expected = answers(before, batch, optimised=False)
-    for optimised in (True, False):
-        for was, now in zip(expected, answers(after, batch, optimised=optimised), strict=True):
+    expected = run_graph(before, batch, optimized=False)
+    for optimized in (True, False):
+        for was, now in zip(expected, run_graph(after, batch, optimized=optimized), strict=True):
             assert now.shape == was.shape
             assert np.abs(now - was).max() <= 1e-5 * max(1.0, float(np.ptp(was)))

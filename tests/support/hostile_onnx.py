@@ -32,7 +32,7 @@ def external(model: onnx.ModelProto) -> None:
 def external_in_an_attribute(model: onnx.ModelProto) -> None:
     tensor = numpy_helper.from_array(np.ones(2, np.float32), "hidden")
     tensor.ClearField("raw_data")
-    tensor.external_data.add(key="location", value="beside.bin")
+    tensor.external_data.add(key="location", value="weights.bin")
     model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], value=tensor))
 
 
@@ -85,7 +85,7 @@ def a_deep_nest(model: onnx.ModelProto) -> None:
 def external_in_a_function(model: onnx.ModelProto) -> None:
     hidden = numpy_helper.from_array(np.ones(2, np.float32), "hidden")
     hidden.ClearField("raw_data")
-    hidden.external_data.add(key="location", value="beside.bin")
+    hidden.external_data.add(key="location", value="weights.bin")
     define(model, "F", [helper.make_node("Constant", [], ["b"], value=hidden)])
 
 
@@ -152,7 +152,7 @@ def an_empty_promise(model: onnx.ModelProto) -> None:
     tensor.dims[0] = 2_000_000
 
 
-def a_zero_beside_a_huge_side(model: onnx.ModelProto) -> None:
+def a_zero_and_a_huge_side(model: onnx.ModelProto) -> None:
     tensor = model.graph.initializer[0]
     tensor.dims[:] = [2**60, 0, 1, 1]
     tensor.raw_data = b""
@@ -199,7 +199,7 @@ HARMS: list[tuple[Harm, str]] = [
     (a_negative_size, "impossible size"),
     (a_circle, "has a cycle"),
     (a_deep_nest, "nested more than 8 deep"),
-    (external_in_a_function, r"refers to data in another file 'beside.bin'"),
+    (external_in_a_function, r"refers to data in another file 'weights.bin'"),
     (external_in_a_functions_default, "refers to data in another file"),
     (external_to_train_with, "contains training graphs"),
     (external_by_a_list, "refers to data in another file '/dev/zero'"),
@@ -209,7 +209,7 @@ HARMS: list[tuple[Harm, str]] = [
     (two_functions_of_a_name, "two functions of the same name"),
     (a_strange_domain_of_a_function, "operator 'Run' of 'evil.example'"),
     (an_empty_promise, "with 0 elements, not 6,000,000"),
-    (a_zero_beside_a_huge_side, "impossible size"),
+    (a_zero_and_a_huge_side, "impossible size"),
     (a_thousand_sides, r"impossible size .* …"),
     (a_huge_sparse_tensor, "sparse tensor of an impossible size"),
     (a_circle_in_a_branch, "input 'later' no earlier node computes"),

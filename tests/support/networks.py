@@ -57,7 +57,7 @@ def images(n: int, size: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, 3, size, size), dtype=np.float32) * 2 + 1
 
 
-def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: int = 8) -> Path:
+def color_classifier(path: Path, metadata: dict[str, str] | None = None, size: int = 8) -> Path:
     """Write a model whose logits are 10 times the image's mean red, green and blue, without torch."""
     weights = numpy_helper.from_array(np.float32(10) * np.eye(3, dtype=np.float32), "weights")
     graph = helper.make_graph(
@@ -66,14 +66,14 @@ def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: 
             helper.make_node("Flatten", ["pooled"], ["flat"]),
             helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
         ],
-        "colours",
+        "colors",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, size, size])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
         [weights],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     if metadata is None:
-        metadata = runtime.build_metadata(PREPROCESSING, LABELS, {"student": "colours"})
+        metadata = runtime.build_metadata(PREPROCESSING, LABELS, {"student": "colors"})
     helper.set_model_props(model, metadata)
     onnx.save(model, str(path))
     return path

@@ -28,7 +28,7 @@ class Started:
                 process.join()
         return [process.exitcode for process in self.processes]
 
-    def said(self, number: int) -> str:
+    def output(self, number: int) -> str:
         return (self.folder / f"{number}.txt").read_text(encoding="utf-8")
 
 

@@ -49,7 +49,7 @@ def draw_scene(seed: int, noise: float = 0.03, crowds: float = 0.1) -> tuple[np.
 def run_coco(logits: np.ndarray, labels: np.ndarray) -> COCOeval:
     """Return the plain evaluation of pycocotools."""
     truth: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
 
     def add(annotations: list[dict[str, Any]], i: int, c: float, box: np.ndarray, **more: float) -> None:
         x1, y1, x2, y2 = box.astype(np.float64).tolist()
@@ -61,10 +61,10 @@ def run_coco(logits: np.ndarray, labels: np.ndarray) -> COCOeval:
         for row in labels[i][labels[i, :, 0] >= 0]:
             add(truth, i, row[0], row[1:5], iscrowd=int(row[6]))
         for row in logits[i][logits[i, :, 0] > 0]:
-            add(found, i, row[1], row[2:], score=float(row[0]))
+            add(detections, i, row[1], row[2:], score=float(row[0]))
     sets = []
     with contextlib.redirect_stdout(io.StringIO()):
-        for annotations in (truth, found):
+        for annotations in (truth, detections):
             coco = COCO()
             images, categories = [{"id": i} for i in range(len(labels))], [{"id": c} for c in range(K)]
             coco.dataset = {"images": images, "categories": categories, "annotations": annotations}

@@ -94,7 +94,7 @@ def test_multiply_adds_depend_on_the_number_of_classes():
 def test_peak_memory_is_in_bytes_and_never_falls():
     before = peak_memory("cpu")
     if before is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("peak memory is not available on this system")
     block = bytearray(before + 50_000_000)  # more than there ever was
     block[::4096] = b"\1" * len(block[::4096])
     after = peak_memory("cpu")

@@ -82,18 +82,18 @@ def test_micro_batches_have_the_gradients_and_losses_of_the_batch(
 def test_micro_batches_are_even_and_have_at_least_two_images(
     images: int, size: int | None, parts: list[int]
 ) -> None:
-    found = list(batch(images).split(size))
-    assert [len(part) for part in found] == parts
-    assert torch.equal(torch.cat([part.keys for part in found]), batch(images).keys)
+    batches = list(batch(images).split(size))
+    assert [len(part) for part in batches] == parts
+    assert torch.equal(torch.cat([part.keys for part in batches]), batch(images).keys)
 
 
 def test_every_micro_batch_has_its_part_of_the_labeled_images_first() -> None:
     given = batch(16, labeled=5)
-    found = list(given.split(2))
-    assert [(len(part), len(part.labels)) for part in found] == [(3, 1), (3, 1), (3, 1), (3, 1), (4, 1)]
-    assert torch.equal(torch.cat([part.labels for part in found]), given.labels)
-    assert torch.equal(torch.stack([part.keys[0] for part in found]), given.keys[:5])
-    assert torch.equal(torch.cat([part.keys[1:] for part in found]), given.keys[5:])
+    parts = list(given.split(2))
+    assert [(len(part), len(part.labels)) for part in parts] == [(3, 1), (3, 1), (3, 1), (3, 1), (4, 1)]
+    assert torch.equal(torch.cat([part.labels for part in parts]), given.labels)
+    assert torch.equal(torch.stack([part.keys[0] for part in parts]), given.keys[:5])
+    assert torch.equal(torch.cat([part.keys[1:] for part in parts]), given.keys[5:])
 
 
 def test_gradient_ratio_of_micro_batches_is_that_of_the_batch() -> None:
@@ -109,41 +109,41 @@ def test_gradient_ratio_of_micro_batches_is_that_of_the_batch() -> None:
 # Memory that runs out.
 
 
-def holds(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def limit_memory(max_images: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Limit the images that fit into memory; return the sizes of the batches that were run."""
-    asked: list[int] = []
+    sizes: list[int] = []
     real = DistillationTask.forward
 
     def forward(task: DistillationTask, input: torch.Tensor, *rest: Any) -> Any:
-        asked.append(len(input))
-        if len(input) > most:
+        sizes.append(len(input))
+        if len(input) > max_images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(task, input, *rest)
 
     monkeypatch.setattr(DistillationTask, "forward", forward)
-    return asked
+    return sizes
 
 
 UNTIL = ("--until", "student", "--cache-views", "2")
 
 
 def test_insufficient_memory_halves_micro_batches_and_changes_no_weight(data, cache, tmp_path, monkeypatch):
-    little.check_success(job(data, tmp_path / "asked", cache, *UNTIL, "--micro-batch", "4"))
-    asked = holds(4, monkeypatch)
-    result = little.check_success(job(data, tmp_path / "found", tmp_path / "cache", *UNTIL))
-    assert asked[:3] == [16, 8, 4] and asked.count(16) == asked.count(8) == 2 and set(asked) == {16, 8, 4}
+    little.check_success(job(data, tmp_path / "reference", cache, *UNTIL, "--micro-batch", "4"))
+    sizes = limit_memory(4, monkeypatch)
+    result = little.check_success(job(data, tmp_path / "halved", tmp_path / "cache", *UNTIL))
+    assert sizes[:3] == [16, 8, 4] and sizes.count(16) == sizes.count(8) == 2 and set(sizes) == {16, 8, 4}
     warned = [line for line in result.stderr.splitlines() if "not enough memory for" in line]
     assert len(warned) == 4 and ["micro-batches of 8" in line for line in warned] == [True, False] * 2
-    assert {name: one["size"] for name, one in record(tmp_path / "found")["micro_batches"].items()} == {
+    assert {name: entry["size"] for name, entry in record(tmp_path / "halved")["micro_batches"].items()} == {
         "teacher": 4, "student": 4,
     }  # fmt: skip
     for name in ("teacher.safetensors", "student.safetensors"):
-        assert weights(tmp_path / "found" / name) == weights(tmp_path / "asked" / name)
+        assert weights(tmp_path / "halved" / name) == weights(tmp_path / "reference" / name)
 
 
 def test_resumed_run_keeps_its_micro_batch(data, cache, tmp_path, monkeypatch):
     assert job(data, tmp_path / "run", cache, "--until", "prepare").exit_code == 0
-    asked = holds(8, monkeypatch)
+    sizes = limit_memory(8, monkeypatch)
     real, epochs = loop.Meter.means, [0]
 
     def interrupted(meter: loop.Meter, epoch: int, **more: Any) -> Any:
@@ -154,19 +154,19 @@ def test_resumed_run_keeps_its_micro_batch(data, cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Meter, "means", interrupted)
     assert job(data, tmp_path / "run", cache, *UNTIL).exit_code == 130
-    assert asked[:2] == [16, 8] and asked.count(16) == 1
+    assert sizes[:2] == [16, 8] and sizes.count(16) == 1
     monkeypatch.setattr(loop.Meter, "means", real)
-    asked.clear()
-    went_on = job(data, tmp_path / "run", cache, *UNTIL)
-    assert went_on.exit_code == 0 and "not enough memory" not in went_on.stderr
-    assert set(asked) == {8}
-    asked.clear()
+    sizes.clear()
+    resumed = job(data, tmp_path / "run", cache, *UNTIL)
+    assert resumed.exit_code == 0 and "not enough memory" not in resumed.stderr
+    assert set(sizes) == {8}
+    sizes.clear()
     fresh = job(data, tmp_path / "run", cache, *UNTIL, "--fresh")
-    assert fresh.exit_code == 0 and asked[0] == 16
+    assert fresh.exit_code == 0 and sizes[0] == 16
 
 
 def test_out_of_memory_at_the_smallest_micro_batch_is_reported(data, cache, tmp_path, monkeypatch):
-    holds(1, monkeypatch)
+    limit_memory(1, monkeypatch)
     result = job(data, tmp_path / "run", cache, *UNTIL)
     little.refused(result, 1, "Not enough memory on cpu for 2 images", "smaller network")
 

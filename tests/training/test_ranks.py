@@ -52,7 +52,7 @@ def without_batch_norm(net: nn.Module) -> nn.Module:
     return net
 
 
-def a_method(name: str) -> Method:
+def build_method(name: str) -> Method:
     torch.manual_seed(0)
     if name == "kd":
         return Kd(KdParameters(), Setup(SHAPES, [SHAPES], {}))
@@ -66,7 +66,7 @@ def a_method(name: str) -> Method:
     return Quest(Parameters(words=5), Setup(SHAPES, [SHAPES], prepared))
 
 
-def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> TeacherCache:
+def build_cache(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> TeacherCache:
     def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
         return (pixels for pixels, _ in given.batches(plan))
@@ -88,11 +88,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None = None) -> None:
+def train_twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None = None) -> None:
     """Train two epochs of ten steps; rank 0 saves the results."""
     o = CASES[case]
     name = o["method"]
-    method = a_method(name)
+    method = build_method(name)
     g = geometry("cifar_resnet8", SIDE)
     teacher = Teacher(network(seed=7), g, ENGINE)
     student = without_batch_norm(network()) if o.get("frozen", True) else network()
@@ -108,14 +108,14 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
         task.prepare_distributed()
     seen, views_of = views(170), ViewSchedule(views().policy, 0, 2 if o.get("store") else None)
     given = views(94, labeled=83) if "unlabeled" in o else views(83)
-    store = a_store(method, given, teacher, folder / "cache", ranks) if o.get("store") else None
+    store = build_cache(method, given, teacher, folder / "cache", ranks) if o.get("store") else None
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
-    answers: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def measured(net: nn.Module) -> float:
         mine = compute_logits(net, Normalize(g.mean, g.std), pixels[ranks.part(131)], ENGINE)
-        answers.append(ranks.gather(mine))
-        return CLASSIFICATION.percent(answers[-1].numpy(), seen.labels[:131].numpy())
+        outputs.append(ranks.gather(mine))
+        return CLASSIFICATION.percent(outputs[-1].numpy(), seen.labels[:131].numpy())
 
     if stop_after is not None:
         count_down(task, stop_after if ranks.rank == ranks.count - 1 else None)
@@ -130,7 +130,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
         outcome = {
             "weights": {**dict(task.student.named_parameters()), **dict(task.student.named_buffers())},
             "shipped": task.shipped.state_dict(),
-            "answers": torch.stack(answers),
+            "outputs": torch.stack(outputs),
             "epochs": [
                 {**e.losses, **e.metrics, "train": e.train_accuracy, "val": e.val_accuracy} for e in epochs
             ],
@@ -152,20 +152,20 @@ def count_down(task: DistillationTask, steps: int | None) -> None:
     task.end_step = end_step  # type: ignore[method-assign]
 
 
-def all_cases(folder: Path) -> None:
+def train_all_cases(folder: Path) -> None:
     ranks = join()
     for case in CASES:
-        twenty_steps(case, folder, ranks)
+        train_twenty_steps(case, folder, ranks)
     for count in (1, 2):
         stopped = folder / f"stopped{count}"
         stopped.mkdir(exist_ok=True)
         try:
-            twenty_steps("quest", stopped, ranks, stop_after=13)
+            train_twenty_steps("quest", stopped, ranks, stop_after=13)
         except KeyboardInterrupt:
             assert torch.load(stopped / "quest.pt")["step"] == 3 if ranks.is_main else True
         else:
-            raise AssertionError("nobody stopped")
-    twenty_steps("quest", folder / "stopped2", ranks)
+            raise AssertionError("no process stopped")
+    train_twenty_steps("quest", folder / "stopped2", ranks)
     leave()
 
 
@@ -174,7 +174,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of one process."""
     folder = tmp_path_factory.mktemp("alone")
     for case in CASES.keys() - {"with batch norm"}:
-        twenty_steps(case, folder, Ranks())
+        train_twenty_steps(case, folder, Ranks())
     return folder
 
 
@@ -182,8 +182,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of two processes in each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    started = several.start(folder, all_cases, folder)
-    assert started.codes() == [0, 0], started.said(0) + started.said(1)
+    started = several.start(folder, train_all_cases, folder)
+    assert started.codes() == [0, 0], started.output(0) + started.output(1)
     return folder
 
 
@@ -197,23 +197,23 @@ def outcome(folder: Path, case: str, count: int) -> dict[str, Any]:
 TOLERANCE = {"balanced": (1e-4, 1e-3)}
 
 
-def assert_close(one: dict[str, Any], two: dict[str, Any], atol: float = 1e-5, rtol: float = 0) -> None:
+def assert_close(first: dict[str, Any], second: dict[str, Any], atol: float = 1e-5, rtol: float = 0) -> None:
     for part in ("weights", "shipped"):
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
+        assert first[part].keys() == second[part].keys()
+        for name, x in first[part].items():
             torch.testing.assert_close(
-                value, two[part][name], atol=atol, rtol=rtol, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
+                x, second[part][name], atol=atol, rtol=rtol, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
             )
-    torch.testing.assert_close(one["answers"], two["answers"], atol=10 * atol, rtol=rtol)
-    for a, b in zip(one["epochs"], two["epochs"], strict=True):
+    torch.testing.assert_close(first["outputs"], second["outputs"], atol=10 * atol, rtol=rtol)
+    for a, b in zip(first["epochs"], second["epochs"], strict=True):
         assert a == pytest.approx(b, abs=atol, rel=rtol)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "with batch norm"])
 def test_two_processes_equal_one_after_twenty_steps(trained: Path, alone: Path, case: str) -> None:
-    together = outcome(trained, case, 2)
-    assert_close(outcome(alone, case, 1), together, *TOLERANCE.get(case, ()))
-    assert together["answers"].shape[1] == 131  # every image once, though 131 is odd
+    distributed = outcome(trained, case, 2)
+    assert_close(outcome(alone, case, 1), distributed, *TOLERANCE.get(case, ()))
+    assert distributed["outputs"].shape[1] == 131  # every image once, though 131 is odd
 
 
 def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path, alone: Path) -> None:
@@ -226,26 +226,26 @@ def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path
 
 def test_evaluated_network_is_the_shipped_one(trained: Path) -> None:
     """Ranks have to average their BatchNorm statistics before they evaluate."""
-    found = outcome(trained, "with batch norm", 2)
+    results = outcome(trained, "with batch norm", 2)
     net = network()
-    net.load_state_dict(found["shipped"])
+    net.load_state_dict(results["shipped"])
     g = geometry("cifar_resnet8", SIDE)
     seen = views(170)
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
-    answers = compute_logits(net, Normalize(g.mean, g.std), pixels, ENGINE)
-    torch.testing.assert_close(found["answers"][-1], answers, atol=1e-4, rtol=1e-4)
+    expected = compute_logits(net, Normalize(g.mean, g.std), pixels, ENGINE)
+    torch.testing.assert_close(results["outputs"][-1], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_stop_of_one_process_stops_all_and_resumes(trained: Path, alone: Path, count: int) -> None:
     folder = trained / f"stopped{count}"
     if count == 1:
-        twenty_steps("quest", folder, Ranks())
-    went_on, whole = outcome(folder, "quest", count), outcome(alone, "quest", 1)
+        train_twenty_steps("quest", folder, Ranks())
+    resumed, whole = outcome(folder, "quest", count), outcome(alone, "quest", 1)
     # The epoch that was broken off and the sums it had are whole again.
-    assert len(went_on["epochs"]) == 1
-    whole["epochs"], whole["answers"] = whole["epochs"][1:], whole["answers"][1:]
-    assert_close(went_on, whole)
+    assert len(resumed["epochs"]) == 1
+    whole["epochs"], whole["outputs"] = whole["epochs"][1:], whole["outputs"][1:]
+    assert_close(resumed, whole)
 
 
 # The command.
@@ -268,22 +268,22 @@ def fields(content: Any) -> Any:
 def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
     out = tmp_path / "run"
     first = several.start(tmp_path / "first", several.command, *arguments(data, out, cache))
-    assert first.codes() == [0, 0], first.said(0) + first.said(1)
-    assert first.said(1) == ""
-    said = [line for line in first.said(0).splitlines() if line.strip()]
-    assert len(said) == len(set(said)) and sum("✓" in line for line in said) == 8
+    assert first.codes() == [0, 0], first.output(0) + first.output(1)
+    assert first.output(1) == ""
+    lines = [line for line in first.output(0).splitlines() if line.strip()]
+    assert len(lines) == len(set(lines)) and sum("✓" in line for line in lines) == 8
     assert files(out).keys() == files(finished).keys()
     # What differs by name is what was found in this run alone: warnings, notes.
-    known, other = fields(report(out)), fields(report(finished))
+    actual, expected = fields(report(out)), fields(report(finished))
     for name in ("teachers", "teacher", "student", "student_int8", "data", "epochs", "words", "stages"):
-        assert known[name] == other[name], name
+        assert actual[name] == expected[name], name
     assert len(report(out)["epochs"]) == len(report(finished)["epochs"]) == 4
     assert report(out)["teacher"]["score"]["n"] == report(finished)["teacher"]["score"]["n"]
 
     before = {name: weights(out / name) for name in ("teacher.safetensors", "student.safetensors")}
     again = several.start(tmp_path / "again", several.command, *arguments(data, out, cache))
-    assert again.codes() == [0, 0] and again.said(1) == ""
-    assert again.said(0).count("(kept)") == 8
+    assert again.codes() == [0, 0] and again.output(1) == ""
+    assert again.output(0).count("(kept)") == 8
     assert {name: weights(out / name) for name in before} == before
 
 
@@ -293,11 +293,11 @@ def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
 )
 def test_usage_error_is_printed_once(data, cache, tmp_path, more, words):
     started = several.start(
-        tmp_path / "said", several.command, *arguments(data, tmp_path / "run", cache, *more)
+        tmp_path / "output", several.command, *arguments(data, tmp_path / "run", cache, *more)
     )
     assert started.codes() == [2, 2]
-    said = started.said(0) + started.said(1)
-    assert said.count("Error: ") == 1 and words in said and "Traceback" not in said
+    output = started.output(0) + started.output(1)
+    assert output.count("Error: ") == 1 and words in output and "Traceback" not in output
 
 
 def one_fails(*options: str) -> None:
@@ -312,11 +312,11 @@ def one_fails(*options: str) -> None:
 
 
 def test_error_of_one_process_is_printed_once(data, cache, tmp_path):
-    started = several.start(tmp_path / "said", one_fails, *arguments(data, tmp_path / "run", cache))
+    started = several.start(tmp_path / "output", one_fails, *arguments(data, tmp_path / "run", cache))
     assert started.codes() == [1, 1]
-    said = started.said(0) + started.said(1)
-    assert "Traceback" not in said and said.count("Error: ") == 1
-    assert "Rank 1: not enough memory on cpu for 8 images of a step. Use --micro-batch 4" in said
+    output = started.output(0) + started.output(1)
+    assert "Traceback" not in output and output.count("Error: ") == 1
+    assert "Rank 1: not enough memory on cpu for 8 images of a step. Use --micro-batch 4" in output
 
 
 def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):

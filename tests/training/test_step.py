@@ -76,7 +76,7 @@ def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callabl
     return step
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires an NVIDIA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", SUMS)
 def test_step_does_not_synchronize_with_a_gpu(method: str, precision: str) -> None:
@@ -114,8 +114,8 @@ def test_moments_saved_in_another_layout_are_restored(optimizer: str) -> None:
         gradients(task, 9)
         resumed.step()
         results.append(list(task.trainable_module.parameters()))
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "nadamw", "lookahead_adamw"])
@@ -130,7 +130,7 @@ def test_memory_layout_changes_no_result() -> None:
     last, first = (task.network.get_parameter("layer1.0.conv1.weight") for task in tasks)
     assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
     assert first.is_contiguous()
-    one, two = (task(*batch()) for task in tasks)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    channels_last, contiguous = (task(*batch()) for task in tasks)
+    assert channels_last.keys() == contiguous.keys()
+    for name in channels_last:
+        torch.testing.assert_close(channels_last[name], contiguous[name], rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 
 @pytest.fixture(autouse=True)
-def nothing_asked() -> Iterator[None]:
+def reset_stop() -> Iterator[None]:
     STOP._reset()
     yield
     STOP._reset()
@@ -81,7 +81,7 @@ def learn(task: DistillationTask, file: Path, stop_after: int | None = None, **c
     return epochs
 
 
-def facts(epoch: Epoch) -> dict[str, Any]:
+def drop_times(epoch: Epoch) -> dict[str, Any]:
     """Return an epoch without its times."""
     timed = {"images_per_second", "seconds", "time_fractions", "peak_memory_bytes", "mfu"}
     return epoch.model_dump(exclude=timed)
@@ -103,15 +103,15 @@ def test_training_stopped_at_a_step_resumes_to_the_bit(tmp_path, uninterrupted, 
         learn(make(), tmp_path / "c.pt", stop_after, **changes)
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     assert saved["epoch"] * 5 + saved["step"] == stop_after
-    went_on = make()
+    resumed = make()
     with torch.no_grad():  # what the new process starts from must not matter
-        for parameter in went_on.student.parameters():
+        for parameter in resumed.student.parameters():
             parameter.add_(1)
-    rest = learn(went_on, tmp_path / "c.pt", **changes)
-    assert equal(state(went_on), state(whole))
-    assert equal(dict(went_on.shipped.state_dict()), dict(whole.shipped.state_dict()))
-    assert [facts(one) for one in rest] == [facts(one) for one in curve[saved["epoch"] :]]
-    assert went_on.balanced_weights() == whole.balanced_weights()
+    rest = learn(resumed, tmp_path / "c.pt", **changes)
+    assert equal(state(resumed), state(whole))
+    assert equal(dict(resumed.shipped.state_dict()), dict(whole.shipped.state_dict()))
+    assert [drop_times(epoch) for epoch in rest] == [drop_times(epoch) for epoch in curve[saved["epoch"] :]]
+    assert resumed.balanced_weights() == whole.balanced_weights()
 
 
 # An epoch has five steps of 10 s. After a checkpoint of 3 s, the next one waits for 150 s.
@@ -188,7 +188,7 @@ def test_time_limit_interrupts_waiting_and_ends_with_its_block():
 
 
 def test_time_limit_works_in_a_thread(tmp_path):
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def work() -> None:
         try:
@@ -198,12 +198,12 @@ def test_time_limit_works_in_a_thread(tmp_path):
                     training="student", evaluate=lambda _: None, show=lambda *_: None, log=lambda _: None,
                 )  # fmt: skip
         except BaseException as error:
-            told.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(60)
-    assert [type(one) for one in told] == [TimeLimit]
+    assert [type(error) for error in errors] == [TimeLimit]
     assert torch.load(tmp_path / "c.pt", weights_only=True)["epoch"] < 10_000
 
 
@@ -239,8 +239,8 @@ def test_time_limit_exits_with_75_and_can_resume(data, cache, tmp_path):
     assert (tmp_path / "run" / "checkpoint" / "student.pt").exists()
     assert job(data, tmp_path / "run", cache, *more).exit_code == 0
     assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
-    went_on, whole = (weights(tmp_path / name / "student.safetensors") for name in ("run", "whole"))
-    assert went_on == whole
+    resumed, whole = (weights(tmp_path / name / "student.safetensors") for name in ("run", "whole"))
+    assert resumed == whole
     curves = [[e["losses"] for e in report(tmp_path / name)["epochs"]] for name in ("run", "whole")]
     assert curves[0] == curves[1] and len(curves[0]) == 42
 

@@ -113,7 +113,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     read.Reload()
-    return {tag: [(one.step, one.value) for one in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
 needs_tensorboard = pytest.mark.skipif(
@@ -227,13 +227,11 @@ def test_wandb_run_is_named_after_the_folder_and_offline_without_a_login(wandb, 
     assert wandb.finished == [0]
 
 
-@pytest.mark.parametrize(("asked_for", "mode"), [(None, None), ("disabled", "disabled")])
-def test_wandb_is_online_after_a_login_unless_wandb_mode_is_set(
-    wandb, tmp_path, monkeypatch, asked_for, mode
-):
+@pytest.mark.parametrize(("variable", "mode"), [(None, None), ("disabled", "disabled")])
+def test_wandb_is_online_after_a_login_unless_wandb_mode_is_set(wandb, tmp_path, monkeypatch, variable, mode):
     wandb.logged_in = True
-    if asked_for:
-        monkeypatch.setenv("WANDB_MODE", asked_for)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
     train(open_context(tmp_path / "shop", track="wandb"), range(1, 2))
     assert wandb.runs[0]["mode"] == mode
 

@@ -79,7 +79,7 @@ def test_damaged_checkpoint_is_reported(tmp_path):
     learn(supervised(), tmp_path / "c.pt", epochs=1)
     content = (tmp_path / "c.pt").read_bytes()
     flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1  # in the middle of a tensor, where torch does not look
+    flipped[len(content) // 2] ^= 1  # in the middle of a tensor, which torch does not check
     for damage in (content[: len(content) // 2], b"", b"no checkpoint at all", bytes(flipped)):
         (tmp_path / "c.pt").write_bytes(damage)
         (tmp_path / "c.previous.pt").unlink(missing_ok=True)
@@ -101,9 +101,9 @@ def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_pat
         newest.unlink()
     else:
         newest.write_bytes(content if damage == "a flipped bit" else content[:1000])
-    told: list[str] = []
-    assert Checkpoint(newest, "key", told.append).load("cpu")["epoch"] == 2
-    assert told == (
+    messages: list[str] = []
+    assert Checkpoint(newest, "key", messages.append).load("cpu")["epoch"] == 2
+    assert messages == (
         []
         if damage == "gone"
         else [f"The checkpoint {newest} is damaged. Training resumes from the previous one."]
@@ -115,13 +115,13 @@ def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_pat
 
 def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
     learn(distillation(), tmp_path / "c.pt", epochs=2)
-    told: list[str] = []
+    messages: list[str] = []
     for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
         with monkeypatch.context() as faulty:
             faulty.setattr(torch, "load", Mock(side_effect=error))
             with pytest.raises(type(error)):
-                Checkpoint(tmp_path / "c.pt", "key", told.append).load("cpu")
-    assert Checkpoint(tmp_path / "c.pt", "key", told.append).load("cpu")["epoch"] == 2 and told == []
+                Checkpoint(tmp_path / "c.pt", "key", messages.append).load("cpu")
+    assert Checkpoint(tmp_path / "c.pt", "key", messages.append).load("cpu")["epoch"] == 2 and messages == []
 
 
 def test_checkpoint_never_runs_code(tmp_path):
@@ -135,8 +135,8 @@ def test_checkpoint_never_runs_code(tmp_path):
 
 def test_views_and_their_order_follow_from_seed_and_epoch_alone():
     def drawn(seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = batches(views(seed=seed), plan(seed=seed), epoch, 3)
-        return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
+        pairs = batches(views(seed=seed), plan(seed=seed), epoch, 3)
+        return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
     first, labels = drawn(0, 0)
     assert first.shape == (24, 3, SIDE, SIDE) and first.dtype == torch.uint8
@@ -177,13 +177,13 @@ def test_cross_entropy_is_the_mean_over_the_labeled_images_and_the_methods_loss_
 
 
 def test_weights_are_independent_of_earlier_random_draws(tmp_path):
-    one = distillation()
-    learn(one, tmp_path / "a.pt", epochs=2)
-    two = distillation()
+    first = distillation()
+    learn(first, tmp_path / "a.pt", epochs=2)
+    second = distillation()
     torch.manual_seed(99)
     torch.rand(17)
-    learn(two, tmp_path / "b.pt", epochs=2)
-    assert equal(state(one), state(two))
+    learn(second, tmp_path / "b.pt", epochs=2)
+    assert equal(state(first), state(second))
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -200,10 +200,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, m
 
             task.trainable_module.methods["quest"].terms[0].forward = broken
 
-    with pytest.raises(JobError) as told:
+    with pytest.raises(JobError) as raised:
         learn(task, tmp_path / "c.pt", log=poison, epochs=4)
-    sentence = str(told.value)
-    assert "nan in epoch 3" in sentence and "quest" in sentence and "--lr" in sentence
+    message = str(raised.value)
+    assert "nan in epoch 3" in message and "quest" in message and "--lr" in message
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     assert saved["epoch"] == 2
     good = {key.removeprefix("readouts.network."): value for key, value in kept.items()}
@@ -266,36 +266,36 @@ def test_each_loss_has_its_weight_and_the_loss_is_their_sum():
     assert "ce" not in alone and alone["loss"].item() == alone["quest"].item()
 
 
-def rates(steps: int, **changes: Any) -> list[float]:
+def compute_rates(steps: int, **changes: Any) -> list[float]:
     """Return the learning rate of each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=changes.get("lr", 2e-3))
     p = plan(**changes)
     scheduler = build_scheduler(optimizer, p, steps)
-    found = []
+    rates = []
     for step in range(p.epochs * steps):
         scheduler.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine_to_zero():
-    found = rates(10, epochs=10, warmup_epochs=2, lr=1.0)
-    assert found[0] == pytest.approx(0.01)
-    assert all(b > a for a, b in pairwise(found[:20]))
-    assert all(b < a for a, b in pairwise(found[20:]))
+    rates = compute_rates(10, epochs=10, warmup_epochs=2, lr=1.0)
+    assert rates[0] == pytest.approx(0.01)
+    assert all(b > a for a, b in pairwise(rates[:20]))
+    assert all(b < a for a, b in pairwise(rates[20:]))
     for step in (20, 55, 99):
-        assert found[step] == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 100)), abs=0.02)
+        assert rates[step] == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 100)), abs=0.02)
 
 
 def test_multistep_divides_the_rate_by_ten_at_each_milestone():
-    found = rates(4, epochs=6, warmup_epochs=0, lr=1.0, schedule="multistep", milestones=(2, 4))
+    rates = compute_rates(4, epochs=6, warmup_epochs=0, lr=1.0, schedule="multistep", milestones=(2, 4))
     # timm counts a step ahead: the last step of the epoch before is the first at the lower rate.
-    assert found == pytest.approx([1.0] * 7 + [0.1] * 8 + [0.01] * 9)
+    assert rates == pytest.approx([1.0] * 7 + [0.1] * 8 + [0.01] * 9)
 
 
 def test_constant_learning_rate_is_constant_after_warmup():
-    found = rates(4, epochs=6, warmup_epochs=1, lr=0.5, schedule="constant")
-    assert found[4:] == pytest.approx([0.5] * 20) and found[0] < 0.01
+    rates = compute_rates(4, epochs=6, warmup_epochs=1, lr=0.5, schedule="constant")
+    assert rates[4:] == pytest.approx([0.5] * 20) and rates[0] < 0.01
 
 
 def test_one_cycle_is_torchs():
@@ -308,9 +308,9 @@ def test_one_cycle_is_torchs():
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    found = rates(5, epochs=10, warmup_epochs=1, lr=1.0, schedule="onecycle")
-    assert found == pytest.approx(expected, rel=1e-9)
-    assert rates(1, epochs=1, warmup_epochs=0, lr=1.0, schedule="onecycle") == [1.0]
+    rates = compute_rates(5, epochs=10, warmup_epochs=1, lr=1.0, schedule="onecycle")
+    assert rates == pytest.approx(expected, rel=1e-9)
+    assert compute_rates(1, epochs=1, warmup_epochs=0, lr=1.0, schedule="onecycle") == [1.0]
 
 
 def test_biases_and_norms_are_not_decayed_by_default(tmp_path):
@@ -337,6 +337,6 @@ def test_damaged_previous_checkpoint_of_another_run_is_reported(tmp_path):
     newest = tmp_path / "c.pt"
     learn(supervised(), newest, epochs=2, key="another")
     newest.write_bytes(b"damaged")
-    told: list[str] = []
-    assert Checkpoint(newest, "key", told.append).load("cpu") is None
-    assert len(told) == 1 and "is damaged" in told[0] and "starts from the beginning" in told[0]
+    messages: list[str] = []
+    assert Checkpoint(newest, "key", messages.append).load("cpu") is None
+    assert len(messages) == 1 and "is damaged" in messages[0] and "starts from the beginning" in messages[0]

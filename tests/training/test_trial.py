@@ -60,20 +60,20 @@ def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
 
 def run(task: DistillationTask, steps: int = LONG, **changes: Any) -> tuple[Trial, list[str]]:
     notes: list[str] = []
-    asked: dict[str, Any] = {"precision": "auto", "compile": "off", "note": notes.append}
-    return find_fastest_engine(task, batch(), optimizer, steps, **{**asked, **changes}), notes
+    options: dict[str, Any] = {"precision": "auto", "compile": "off", "note": notes.append}
+    return find_fastest_engine(task, batch(), optimizer, steps, **{**options, **changes}), notes
 
 
 def test_clearly_faster_engine_is_chosen_and_noted(task: DistillationTask, timed: Timer) -> None:
     tried = timed(
         lambda e: 0.1 * (0.5 if e.precision == "bf16" else 1) * (2 if e.layout == "contiguous" else 1)
     )
-    found, _ = run(task)
+    trial, _ = run(task)
     fast = replace(RULE, precision="bf16")
-    assert found.engine == fast
+    assert trial.engine == fast
     assert tried == [RULE, fast, replace(fast, layout="contiguous")]
-    assert found.throughput == {RULE: BATCH / 0.1, fast: BATCH / 0.05, tried[2]: BATCH / 0.1}
-    assert str(found) == (
+    assert trial.throughput == {RULE: BATCH / 0.1, fast: BATCH / 0.05, tried[2]: BATCH / 0.1}
+    assert str(trial) == (
         "bf16, channels last, 1 thread: 160 images/s; fp32, channels last, 1 thread: 80 images/s; "
         "bf16, contiguous, 1 thread: 80 images/s"
     )
@@ -149,8 +149,8 @@ def test_one_thread_per_core_is_tried_with_hyper_threads(timed: Timer, monkeypat
     rule = Engine("cpu", 4, "fp32")
     monkeypatch.setattr(engine_search, "cores", lambda: 2)
     timed(lambda e: 0.05 if e.threads == 2 else 0.1)
-    found, _ = run(distillation("none", rule))
-    assert found.engine.threads == 2 and "4 threads: " in str(found)
+    trial, _ = run(distillation("none", rule))
+    assert trial.engine.threads == 2 and "4 threads: " in str(trial)
 
 
 def test_search_tries_one_thread_and_half_of_them(timed: Timer, monkeypatch: Any) -> None:
@@ -220,8 +220,8 @@ def test_search_changes_no_state(task: DistillationTask) -> None:
         }  # fmt: skip
 
     before = traces()
-    found, notes = run(task)
-    assert len(found.throughput) == 3 and not notes
+    trial, notes = run(task)
+    assert len(trial.throughput) == 3 and not notes
     after = traces()
     assert before["rest"] == after["rest"]
     for name, value in before["values"].items():
@@ -230,10 +230,10 @@ def test_search_changes_no_state(task: DistillationTask) -> None:
 
 def test_copies_share_teachers_and_numbers_of_threads_share_a_copy(task: DistillationTask) -> None:
     made = engine_search._copy(task)
-    for one, two in zip(task.teachers.parameters(), made.teachers.parameters(), strict=True):
-        assert one is two
-    for one, two in zip(task.trainable_module.parameters(), made.trainable_module.parameters(), strict=True):
-        assert one.data_ptr() != two.data_ptr()
+    for old, new in zip(task.teachers.parameters(), made.teachers.parameters(), strict=True):
+        assert old is new
+    for old, new in zip(task.trainable_module.parameters(), made.trainable_module.parameters(), strict=True):
+        assert old.data_ptr() != new.data_ptr()
     with engine_search._StepTimer(task, batch(), optimizer).running() as timer:
         timer.step(RULE)
         timer.step(replace(RULE, threads=1))
@@ -246,9 +246,9 @@ def test_only_long_trainings_try_compilation(
 ) -> None:
     monkeypatch.setattr(engine_search, "can_compile", lambda _: True)
     seen = timed(lambda e: 0.05 if e.compile != "off" else 0.1)
-    found, _ = run(task, int(hours * 3600 / 0.1), compile="auto")
+    trial, _ = run(task, int(hours * 3600 / 0.1), compile="auto")
     assert any(engine.compile == "default" for engine in seen) == tried
-    assert found.engine.compile == ("default" if tried else "off")
+    assert trial.engine.compile == ("default" if tried else "off")
 
 
 def test_failed_compilation_is_reported_and_disabled(task: DistillationTask, timed: Timer) -> None:
@@ -258,8 +258,8 @@ def test_failed_compilation_is_reported_and_disabled(task: DistillationTask, tim
         return 0.1
 
     timed(step)
-    found, notes = run(task, steps=1, compile="on")
-    assert found.engine == RULE
+    trial, notes = run(task, steps=1, compile="on")
+    assert trial.engine == RULE
     assert notes == ["compilation failed (RuntimeError: no compiler here); training continues uncompiled"]
 
 
@@ -352,9 +352,9 @@ def test_fixed_precision_ignores_the_option() -> None:
         folder=SimpleNamespace(record=RunRecord(), save=lambda: None), key="k", device="cpu",
         options=SimpleNamespace(precision="bf16", threads=None), display=SimpleNamespace(note=notes.append),
     )  # fmt: skip
-    for _ in range(2):  # begun, and gone on with
-        found = trainer.choose_run_engine(
+    for _ in range(2):  # started, then resumed
+        engine = trainer.choose_run_engine(
             job, "qat", lambda only: replace(RULE, precision=only), precision="fp32"
         )  # type: ignore[arg-type]
-        assert found.precision == "fp32"
+        assert engine.precision == "fp32"
     assert notes == []

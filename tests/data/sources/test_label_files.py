@@ -37,9 +37,9 @@ def coco(path: Path, files: list[str], shown: list[list[str]], **more: Any) -> P
     """Annotations whose category numbers neither begin at 0 nor are in the order of the names."""
     number = {"fox": 1, "cat": 7, "dog": 90, "unseen": 3}
     annotations = [
-        {"id": 10 * i + k, "image_id": 100 + i, "category_id": number[one], "segmentation": [[1, 2, 3]]}
+        {"id": 10 * i + k, "image_id": 100 + i, "category_id": number[label], "segmentation": [[1, 2, 3]]}
         for i, labels in enumerate(shown)
-        for k, one in enumerate([*labels, *labels])  # two boxes of a class are one label
+        for k, label in enumerate([*labels, *labels])  # two boxes of a class are one label
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {

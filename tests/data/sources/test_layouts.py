@@ -69,12 +69,12 @@ def test_folders_that_contain_the_same_folders_are_refused(tmp_path: Path, names
     assert open_data(str(tmp_path / "again")).classes == names  # as the message advises
 
 
-def test_images_beside_the_splits_are_refused(tmp_path: Path) -> None:
+def test_images_next_to_the_splits_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {f"{name}/{year}": 4 for name in ("bus", "car", "train") for year in (2019, 2020)})
     refused(tmp_path, "'bus', 'car': images next to 'train' that are no split", "new folder named train")
 
 
-def test_folder_without_images_beside_the_splits_is_reported(tmp_path: Path) -> None:
+def test_folder_without_images_next_to_the_splits_is_reported(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 5, "train/b": 5, "docs": 0})
     assert [(file.name, file.reason) for file in open_data(str(tmp_path)).skipped] == [
         ("docs", "it is next to 'train' and contains no images")

@@ -88,7 +88,7 @@ def test_images_in_shards_are_read_in_place(tmp_path: Path, monkeypatch: pytest.
             content = image.read()
             assert content == png(number) and len(pickle.dumps(image)) < 500
             np.testing.assert_array_equal(decode_image(content), pixels(number))
-    assert [one.name for one in images.skipped] == ["train/shop-train-1.tar/s/note"]
+    assert [file.name for file in images.skipped] == ["train/shop-train-1.tar/s/note"]
 
 
 def test_workers_read_shards(tmp_path: Path) -> None:
@@ -111,15 +111,15 @@ def test_shards_without_a_list_are_assigned_by_name(tmp_path: Path) -> None:
 def test_labels_are_read_from_json_as_in_timm(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for number in range(12):
-        label = {"meta": {"label": number % 3 - 1}}  # −1: not labelled
+        label = {"meta": {"label": number % 3 - 1}}  # −1: no label
         members |= {f"{number}.png": png(number), f"{number}.json": json.dumps(label).encode()}
     shard(tmp_path / "a.tar", members)
     info = {"splits": {"train": split("train", ["a.tar"], [12], alt_label="meta/label")}}
     (tmp_path / "_info.json").write_text(json.dumps(info))
     images = opened(tmp_path)
-    found = [image for role in SPLITS for image in images.split(role)]
-    assert sorted(int(Path(image.name).stem) % 3 for image in found) == [1] * 4 + [2] * 4
-    assert all(image.label == int(Path(image.name).stem) % 3 - 1 for image in found)
+    labeled = [image for role in SPLITS for image in images.split(role)]
+    assert sorted(int(Path(image.name).stem) % 3 for image in labeled) == [1] * 4 + [2] * 4
+    assert all(image.label == int(Path(image.name).stem) % 3 - 1 for image in labeled)
 
 
 @pytest.mark.parametrize("kept", [1024 + 512 + 100, 1024 + 512 + 1024 + 300])
@@ -136,9 +136,9 @@ def test_timms_reader_finds_the_same_images_and_labels(tmp_path: Path) -> None:
 
     root = shop(tmp_path)
     theirs = create_dataset("wds/shop", root=str(root), split="train", input_img_mode="RGB")
-    found = [(np.asarray(picture).tobytes(), label) for picture, label in theirs]
+    expected = [(np.asarray(picture).tobytes(), label) for picture, label in theirs]
     ours = sorted(opened(root).train, key=lambda image: int(Path(image.name).stem))
-    assert [(decode_image(image.read()).tobytes(), image.label) for image in ours] == found
+    assert [(decode_image(image.read()).tobytes(), image.label) for image in ours] == expected
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="the package datasets is not installed")
@@ -191,5 +191,5 @@ def test_shard_that_is_packed_or_empty_is_named(
 def test_image_without_a_label_among_others_is_left_out_and_listed(tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", samples(0, 12) | {"odd.png": png(99), "odd.cls": b"-1"})
     images = opened(tmp_path)
-    assert "train/train.tar/odd" in [one.name.removesuffix(".png") for one in images.skipped]
+    assert "train/train.tar/odd" in [file.name.removesuffix(".png") for file in images.skipped]
     assert "odd" not in " ".join(image.name for image in images.train)

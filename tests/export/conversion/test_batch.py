@@ -9,7 +9,7 @@ from questpress.export.conversion.batch import fix_batch, has_fixed_batch, set_b
 from questpress.export.int8 import quantizer
 from questpress.export.runtime import Classifier
 
-from tests.support.networks import colour_classifier, images, onnx_file, quantize_int8
+from tests.support.networks import color_classifier, images, onnx_file, quantize_int8
 
 
 def dims(path: Path) -> list[int | str]:
@@ -19,7 +19,7 @@ def dims(path: Path) -> list[int | str]:
 
 
 def test_file_of_single_images_computes_the_same(tmp_path: Path) -> None:
-    dynamic, path = colour_classifier(tmp_path / "dynamic.onnx"), colour_classifier(tmp_path / "fixed.onnx")
+    dynamic, path = color_classifier(tmp_path / "dynamic.onnx"), color_classifier(tmp_path / "fixed.onnx")
     file = fix_batch(onnx_file(path))
     assert dims(dynamic) == ["batch", "batch"] and dims(path) == [1, 1]
     assert (file.bytes, file.sha256) == (path.stat().st_size, onnx_file(path).sha256)
@@ -38,7 +38,7 @@ def test_file_of_single_images_computes_the_same(tmp_path: Path) -> None:
 def test_int8_file_of_a_fixed_file_is_fixed_and_equals_the_dynamic_one(tmp_path: Path) -> None:
     outputs = []
     for name in ("dynamic", "fixed"):
-        path = colour_classifier(tmp_path / f"{name}.onnx")
+        path = color_classifier(tmp_path / f"{name}.onnx")
         if name == "fixed":
             fix_batch(onnx_file(path))
             assert quantizer.prepare(path).fixed_batch

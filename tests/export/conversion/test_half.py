@@ -17,7 +17,7 @@ from questpress.pipeline.stages.formats import compare_logits
 from questpress.pipeline.tasks import load_task
 from questpress.pipeline.tasks.base import Outputs
 
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import LABELS, PREPROCESSING, color_classifier
 
 
 def logits(path: Path, pixels: np.ndarray) -> np.ndarray:
@@ -51,8 +51,8 @@ def test_fp16_logits_are_those_of_fp32_and_of_torch_in_fp16(
     expected, shipped, rounded = (logits(path, images) for path in (source, half, emulated))
     largest = np.abs(expected).max()
     assert rounded.dtype == shipped.dtype == np.float32
-    for found in (shipped, rounded):
-        assert 0 < np.abs(found - expected).max() < 0.01 * largest
+    for result in (shipped, rounded):
+        assert 0 < np.abs(result - expected).max() < 0.01 * largest
     np.testing.assert_array_equal(rounded, rounded.astype(np.float16))  # every tensor, the logits too
     with torch.no_grad():
         inputs = torch.from_numpy(runtime.normalize(images, preprocessing))
@@ -84,14 +84,14 @@ def test_overflow_that_the_cpu_hides_is_found(tmp_path: Path) -> None:
     write_half(source, half)
     emulate_half(half, emulated)
     inputs = np.full((1, 3, 8, 8), 2, dtype=np.float32)
-    found = [Classifier.load(path, threads=1).logits(inputs) for path in (source, half, emulated)]
-    np.testing.assert_allclose(found[0], 120, rtol=1e-3)
-    np.testing.assert_allclose(found[1], 120, rtol=1e-3)  # 120,000 exceeds fp16, but is never in fp16
-    assert not np.isfinite(found[2]).any()
+    outputs = [Classifier.load(path, threads=1).logits(inputs) for path in (source, half, emulated)]
+    np.testing.assert_allclose(outputs[0], 120, rtol=1e-3)
+    np.testing.assert_allclose(outputs[1], 120, rtol=1e-3)  # 120,000 exceeds fp16, but is never in fp16
+    assert not np.isfinite(outputs[2]).any()
 
 
 def test_network_that_cannot_be_converted_is_an_error(tmp_path: Path) -> None:
-    path = colour_classifier(tmp_path / "fp32.onnx")
+    path = color_classifier(tmp_path / "fp32.onnx")
     model = onnx.load(path)
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, path)
@@ -109,12 +109,12 @@ def test_network_that_cannot_be_converted_is_an_error(tmp_path: Path) -> None:
 )
 def test_logits_that_differ_from_fp32_are_refused(half: list[list[float]], problem: str | None) -> None:
     labels, task = np.array([0, 1]), load_task("classification")
-    fp32, found = (Outputs(np.array(x), labels) for x in ([[3.0, 0.0], [0.0, 4.0]], half))
+    fp32, fp16 = (Outputs(np.array(x), labels) for x in ([[3.0, 0.0], [0.0, 4.0]], half))
     if problem is None:
-        assert compare_logits(task, fp32, found, "fp16") == {"max_abs": pytest.approx(0.1), "same": 2, "n": 2}
+        assert compare_logits(task, fp32, fp16, "fp16") == {"max_abs": pytest.approx(0.1), "same": 2, "n": 2}
     else:
         with pytest.raises(ExportError, match=problem):
-            compare_logits(task, fp32, found, "fp16")
+            compare_logits(task, fp32, fp16, "fp16")
 
 
 def test_several_other_predictions_are_refused() -> None:

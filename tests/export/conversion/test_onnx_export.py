@@ -1,4 +1,4 @@
-"""The exported file is the network: same answers, nothing of the machine in it, the same bytes every time."""
+"""The exported file is the network: same outputs, nothing of the machine in it, the same bytes every time."""
 
 import hashlib
 import json
@@ -52,8 +52,8 @@ def test_onnx_matches_torch_at_any_batch_size(exported: tuple[SmallConvNet, Onnx
     expected = network(images).detach().numpy()
     session = runtime.open_session(file.path, 1)
     for size in (1, 3, 7):
-        answer = np.concatenate([session.run(None, {"input": c.numpy()})[0] for c in images.split(size)])
-        np.testing.assert_allclose(answer, expected, atol=1e-5)
+        output = np.concatenate([session.run(None, {"input": c.numpy()})[0] for c in images.split(size)])
+        np.testing.assert_allclose(output, expected, atol=1e-5)
     parity = check_parity(network, file.path, images)
     assert parity.n == 7 and parity.batch_sizes == (1, 5)
     assert parity.max_abs <= 1e-5
@@ -183,8 +183,8 @@ def test_zero_padding_before_a_max_pool_stays_zero(tmp_path: Path) -> None:
     assert check_parity(ZeroPaddedPool(), file.path, torch.randn(5, 3, 8, 8)).max_abs <= 1e-5
 
 
-class Standardised(nn.Module):
-    """A convolution whose weights are standardised at every call, as those of BiT and NFNet."""
+class Standardized(nn.Module):
+    """A convolution whose weights are standardized at every call, as those of BiT and NFNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Standardised(nn.Module):
 
 def test_weights_computed_from_weights_are_computed_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = Standardised()
+    network = Standardized()
     file = export_onnx(network, tmp_path / "a.onnx", 8, metadata={})
     check_parity(network, file.path, torch.randn(5, 3, 8, 8))
     model = onnx.load(str(file.path))
@@ -289,11 +289,11 @@ def test_oldest_and_the_newest_opset_are_written_and_quantized(opset: int, tmp_p
     assert check_parity(network, file.path, images).max_abs <= 1e-5
     int8 = quantize_int8(file.path, tmp_path / "b.onnx", [images.numpy()])
     assert int8.opset == opset
-    expected, answer = (
+    expected, quantized = (
         runtime.open_session(path, 1).run(None, {"input": images.numpy()})[0]
         for path in (file.path, int8.path)
     )
-    assert signal_to_noise(expected, answer) > 25
+    assert signal_to_noise(expected, quantized) > 25
 
 
 @pytest.mark.parametrize("opset", [0, MIN_OPSET - 1, max_opset() + 1])
@@ -304,7 +304,7 @@ def test_opset_out_of_range_is_refused(opset: int, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_opset_that_the_exporter_did_not_honour_is_refused(
+def test_opset_that_the_exporter_did_not_honor_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("questpress.export.conversion.onnx_export.check_opset", lambda _: None)
@@ -321,5 +321,5 @@ def test_hard_sigmoid_is_written_as_clip(tmp_path: Path) -> None:
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert "Clip" in operators and "HardSigmoid" not in operators
     x = torch.randn(3, 3, 8, 8) * 9
-    found = runtime.open_session(path, 1).run(None, {"input": x.numpy()})[0]
-    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+    output = runtime.open_session(path, 1).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(output, network(x).detach().numpy(), atol=1e-5)

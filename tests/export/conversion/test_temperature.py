@@ -1,4 +1,4 @@
-"""A folded temperature divides the logits and changes no answer, whatever the network's last layer is."""
+"""A folded temperature divides the logits and changes no prediction, whatever the network's last layer is."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class WithHead(nn.Module):
         return self.after(self.head(vector)).flatten(1)
 
 
-class Standardised(nn.Linear):
+class Standardized(nn.Linear):
     """A layer whose weight's scale does not count."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,11 +67,11 @@ def test_linear_or_convolutional_last_layer_takes_the_temperature(head):
     [
         WithHead(nn.Linear(8, 5), nn.LayerNorm(5)),
         WithHead(nn.Linear(8, 5), nn.Linear(5, 5)),
-        WithHead(Standardised(8, 5)),
+        WithHead(Standardized(8, 5)),
         WithHead(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 5))),
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)),
     ],
-    ids=["norm after", "layer after", "standardised", "no plain layer", "no get_classifier"],
+    ids=["norm after", "layer after", "standardized", "no plain layer", "no get_classifier"],
 )
 def test_temperature_divides_logits_after_other_last_layers(network):
     before = logits(network)
@@ -94,13 +94,13 @@ def test_temperature_divides_logits_after_other_last_layers(network):
 )
 def test_temperature_works_for_timm_families(name, place):
     size = {"levit_128s": 224}.get(name, 64)
-    more = {"img_size": size} if "vit_" in name or "deit" in name else {}
-    network = timm.create_model(name, num_classes=7, **more).eval()
+    options = {"img_size": size} if "vit_" in name or "deit" in name else {}
+    network = timm.create_model(name, num_classes=7, **options).eval()
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        folded, found = fold_temperature(network, 2.3, images)
+        folded, actual = fold_temperature(network, 2.3, images)
         before, after = network(images), folded(images)
-    assert found == place
+    assert actual == place
     assert torch.allclose(after * 2.3, before, atol=1e-4 * float(before.abs().max()) + 1e-7)
 
 
@@ -113,10 +113,10 @@ def test_exported_file_divides_too_and_is_checked_against_the_folded_network(pla
     file = tmp_path / "student.onnx"
     export_onnx(folded, file, 8, metadata=runtime.build_metadata(PREPROCESSING, LABELS, {"temperature": 3.0}))
     check_parity(folded, file, images)
-    answers = runtime.Classifier.load(file).logits(images.numpy())
+    outputs = runtime.Classifier.load(file).logits(images.numpy())
     with torch.no_grad():
         before = network(images).numpy()
-    assert np.allclose(answers * 3, before, atol=1e-5) and (answers.argmax(1) == before.argmax(1)).all()
+    assert np.allclose(outputs * 3, before, atol=1e-5) and (outputs.argmax(1) == before.argmax(1)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])

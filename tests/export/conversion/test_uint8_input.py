@@ -1,4 +1,4 @@
-"""A file that takes pixels answers as one that takes normalized floats, at the borders too, also in int8."""
+"""A file that takes pixels predicts as one that takes normalized floats, at the borders too, also in int8."""
 
 import json
 import shutil
@@ -61,11 +61,11 @@ def of_timm(name: str, **more: Any) -> nn.Module:
 def pictures(size: int) -> np.ndarray:
     """Noise, black, white, and frames of one pixel, uint8 [n, S, S, 3]."""
     rng = np.random.default_rng(0)
-    found = rng.integers(0, 256, (10, size, size, 3)).astype(np.uint8)
-    found[0], found[1], found[2, 1:-1, 1:-1], found[3, 1:-1, 1:-1] = 0, 255, 0, 255
-    found[4] = 114
-    found[4, :, -1] = [255, 0, 90]
-    return found
+    images = rng.integers(0, 256, (10, size, size, 3)).astype(np.uint8)
+    images[0], images[1], images[2, 1:-1, 1:-1], images[3, 1:-1, 1:-1] = 0, 255, 0, 255
+    images[4] = 114
+    images[4, :, -1] = [255, 0, 90]
+    return images
 
 
 def logits(path: Path, batch: np.ndarray) -> np.ndarray:
@@ -87,15 +87,15 @@ def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
     """What the first convolutions give, whole."""
     model = onnx.load(str(path))
     taken = {model.graph.input[0].name}
-    found = []
+    names = []
     for node in model.graph.node:
         if node.op_type == "Conv" and taken & {node.input[0]}:
-            found.append(node.output[0])
+            names.append(node.output[0])
         elif taken & set(node.input):
             taken |= set(node.output)
     del model.graph.output[:]
     model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in found
+        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
     )
     return ort.InferenceSession(model.SerializeToString()).run(None, {"input": batch})
 
@@ -122,8 +122,8 @@ def test_pixel_input_folded_into_the_first_convolution_is_exact(name: str, tmp_p
     np.testing.assert_allclose(logits(of_pixels, shown), logits(of_floats, normalized), atol=1e-4, rtol=0)
     ours, theirs = maps_of_first_layer(of_pixels, shown), maps_of_first_layer(of_floats, normalized)
     assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
     types = [node.op_type for node in onnx.load(str(of_pixels)).graph.node]
     assert types.count("Pad") == (channels == 4)
 
@@ -164,7 +164,7 @@ def test_parity_is_shown_on_the_pixels_themselves(tmp_path: Path) -> None:
         check_parity(network, of_pixels, images)
 
 
-def optimised(path: Path, to: Path) -> onnx.GraphProto:
+def optimize(path: Path, to: Path) -> onnx.GraphProto:
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(to), 3
     ort.InferenceSession(str(path), options, disabled_optimizers=["Pad_Fusion"])
@@ -181,7 +181,7 @@ def test_int8_takes_the_pixels_without_a_step_in_float(tmp_path: Path) -> None:
     lost = signal_to_noise(expected, logits(a.path, normalized))
     assert signal_to_noise(expected, logits(b.path, fresh)) > min(25, lost - 3)
     assert b.recipe["input"] == "uint8; normalization folded into the first convolution"
-    nodes = optimised(b.path, tmp_path / "optimised.onnx").node
+    nodes = optimize(b.path, tmp_path / "optimized.onnx").node
     first = next(i for i, node in enumerate(nodes) if node.op_type == "QLinearConv")
     assert {node.op_type for node in nodes[:first]} == {"Reshape", "Transpose", "Pad"}
     assert not any(node.op_type == "QuantizeLinear" for node in nodes)
@@ -207,8 +207,8 @@ def test_attached_normalization_can_be_removed(tmp_path: Path) -> None:
     front = split(model)
     core = ort.InferenceSession(model.SerializeToString())
     assert core.get_inputs()[0].shape == ["batch", 4, 16, 16]
-    [answer] = core.run(None, {PIXELS: front.feed(shown)})
-    np.testing.assert_allclose(answer, logits(of_pixels, shown), atol=1e-5)
+    [output] = core.run(None, {PIXELS: front.feed(shown)})
+    np.testing.assert_allclose(output, logits(of_pixels, shown), atol=1e-5)
     attach(model, front)
     assert sorted(node.name for node in model.graph.node) == sorted(
         node.name for node in onnx.load_from_string(whole).graph.node
@@ -251,18 +251,18 @@ def test_photo_gets_the_same_prediction_from_either_input(tmp_path: Path) -> Non
     coarse.resize((70, 50)).save(tmp_path / "photo.jpg")
     a = artifact(tmp_path / "floats", of_floats, takes_pixels=False)
     b = artifact(tmp_path / "taken", of_pixels, takes_pixels=True)
-    answers = []
+    predictions = []
     for classifier in (
         runtime.Classifier.load(a, precision="fp32"),
         runtime.Classifier.load(b, precision="fp32"),
         runtime.Classifier.load(of_pixels),
     ):
-        [answer] = classifier.predict([tmp_path / "photo.jpg"], top=4)
-        answers.append(answer)
-    assert answers[0].label == answers[1].label == answers[2].label
-    for answer in answers[1:]:
-        assert [label for label, _ in answer.top] == [label for label, _ in answers[0].top]
-        np.testing.assert_allclose([p for _, p in answer.top], [p for _, p in answers[0].top], atol=1e-5)
+        [prediction] = classifier.predict([tmp_path / "photo.jpg"], top=4)
+        predictions.append(prediction)
+    assert predictions[0].label == predictions[1].label == predictions[2].label
+    for other in predictions[1:]:
+        assert [label for label, _ in other.top] == [label for label, _ in predictions[0].top]
+        np.testing.assert_allclose([p for _, p in other.top], [p for _, p in predictions[0].top], atol=1e-5)
     floats, taken = (json.loads((folder / "manifest.json").read_text()) for folder in (a, b))
     assert ("input" in floats, taken["input"]) == (False, "uint8")
     shared = {"name": "input", "color": "RGB"}

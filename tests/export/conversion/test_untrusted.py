@@ -18,15 +18,15 @@ from tests.support.hostile_onnx import HARMS, define, external, little
 from tests.support.networks import quantize_int8
 
 
-@pytest.mark.parametrize(("harm", "told"), HARMS)
+@pytest.mark.parametrize(("harm", "message"), HARMS)
 def test_untrusted_onnx_file_is_refused(
-    harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
+    harm: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
 ) -> None:
     model = little()
     harm(model)
     file = tmp_path / "untrusted.onnx"
     file.write_bytes(model.SerializeToString())
-    with pytest.raises(ExportError, match=told) as refused:
+    with pytest.raises(ExportError, match=message) as refused:
         read_untrusted(file)
     assert "\n" not in str(refused.value) and str(file) in str(refused.value)
     assert len(str(refused.value)) < len(str(file)) + 300

@@ -25,7 +25,7 @@ from questpress.export.results import Verdict
 from questpress.export.runtime import ArtifactError, Classifier, Decoder, Detector, Preprocessing, open_model
 from torchvision.ops import boxes as ops
 
-from tests.support.networks import colour_classifier, onnx_file, quantize_int8, toy_detector
+from tests.support.networks import color_classifier, onnx_file, quantize_int8, toy_detector
 
 LABELS = ["cell", "platelet", "speck"]
 SIZE = (64, 96)
@@ -123,8 +123,8 @@ def test_file_equals_torch_and_decodes_as_the_network(network: Any, exported: On
     for size in (1, 3):
         for image in range(0, 3, size):
             batch = images[image : image + size].numpy()
-            found = detector.session.run(["logits", "boxes"], {"input": batch})
-            for values, part in zip(found, expected, strict=True):
+            outputs = detector.session.run(["logits", "boxes"], {"input": batch})
+            for values, part in zip(outputs, expected, strict=True):
                 np.testing.assert_allclose(values, part[image : image + size], atol=1e-4)
     assert check_parity(network, exported.path, images).max_abs <= 1e-4
     detections = detector.detections(images.numpy())
@@ -161,9 +161,9 @@ def test_boxes_are_in_pixels_of_the_image(height: int, width: int, crop_mode: st
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     rows, columns = np.nonzero(runtime.render(pixels, p)[:, :, 0] > 127)
     seen = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]])
-    found = runtime.to_original(seen / (SIZE[1], SIZE[0], SIZE[1], SIZE[0]), height, width, p)
+    boxes = runtime.to_original(seen / (SIZE[1], SIZE[0], SIZE[1], SIZE[0]), height, width, p)
     pixel = max(height / SIZE[0], width / SIZE[1], 1)  # of the rendered image, in the image
-    np.testing.assert_allclose(found[0], box, atol=pixel)
+    np.testing.assert_allclose(boxes[0], box, atol=pixel)
 
 
 def test_detect_returns_labels_scores_and_boxes_in_the_image(artifact: Path) -> None:
@@ -178,8 +178,8 @@ def test_detect_returns_labels_scores_and_boxes_in_the_image(artifact: Path) -> 
     [rows] = detector.detections(detector.to_input(rendered))
     everything, best = detector.detect([pixels], 0.0), detector.detect([artifact / "photo.png"])
     assert 0 < len(best[0]) < len(everything[0])
-    assert best[0] == [found for found in everything[0] if found.score >= 0.5]
-    scores = [found.score for found in everything[0]]
+    assert best[0] == [detection for detection in everything[0] if detection.score >= 0.5]
+    scores = [detection.score for detection in everything[0]]
     assert scores == sorted(scores, reverse=True) and min(scores) > 0.05
     first = best[0][0]
     assert (first.label, first.score) == (LABELS[int(rows[0, 1])], rows[0, 0])
@@ -187,8 +187,8 @@ def test_detect_returns_labels_scores_and_boxes_in_the_image(artifact: Path) -> 
     scale, left = 150 / 64, 35
     expected = (rows[0, 2:] * (96, 64, 96, 64) - (left, 0, left, 0)) * scale
     np.testing.assert_allclose(first.box, expected.clip(0, (60, 150, 60, 150)), atol=1.5)
-    for found in everything[0]:
-        x1, y1, x2, y2 = found.box
+    for detection in everything[0]:
+        x1, y1, x2, y2 = detection.box
         assert 0 <= x1 < x2 <= 60 and 0 <= y1 < y2 <= 150
 
 
@@ -203,10 +203,10 @@ def test_predict_py_prints_and_draws_boxes(artifact: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     line = json.loads(done.stdout)
     assert line["image"] == "photo.png" and len(line["detections"]) == len(expected) > 0
-    for found, detection in zip(line["detections"], expected, strict=True):
-        assert found["label"] == detection.label
-        assert found["score"] == pytest.approx(detection.score, abs=1e-4)
-        assert found["box"] == pytest.approx(detection.box, abs=0.1)
+    for entry, detection in zip(line["detections"], expected, strict=True):
+        assert entry["label"] == detection.label
+        assert entry["score"] == pytest.approx(detection.score, abs=1e-4)
+        assert entry["box"] == pytest.approx(detection.box, abs=0.1)
     drawn, before = np.array(Image.open(artifact / "drawn.png")), photo(150, 60)
     assert drawn.shape == before.shape and (drawn != before).any()
     lines = run().stdout.splitlines()
@@ -224,7 +224,7 @@ def test_predict_py_prints_and_draws_boxes(artifact: Path) -> None:
 
 
 def test_classes_refuse_models_of_the_other_one(artifact: Path, exported: OnnxFile, tmp_path: Path) -> None:
-    colors = colour_classifier(tmp_path / "colors.onnx")
+    colors = color_classifier(tmp_path / "colors.onnx")
     with pytest.raises(ArtifactError, match="is a detector, use Detector"):
         Classifier.load(artifact, precision="fp32")
     with pytest.raises(ArtifactError, match="is a detector, use Detector"):

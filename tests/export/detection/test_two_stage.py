@@ -44,8 +44,8 @@ def test_decoding_equals_torchvision(network: Any) -> None:
         regions = torch.from_numpy(corners.astype(np.float32))
         regions[0, 120:] = 0  # unused
         expected = network.decode(logits, boxes, regions).numpy()
-        found = decoder.decode([part[0].numpy() for part in (logits, boxes, regions)], SIZE)
-        np.testing.assert_allclose(found, expected[0], atol=1e-5)
+        detections = decoder.decode([part[0].numpy() for part in (logits, boxes, regions)], SIZE)
+        np.testing.assert_allclose(detections, expected[0], atol=1e-5)
         counts.append(int((expected[0, :, 0] > 0).sum()))
     assert max(counts) == 100 and min(counts) > 10
 
@@ -56,8 +56,8 @@ def test_file_equals_torch_at_any_batch_and_detects_the_same(network: Any, expor
     assert [node.name for node in detector.session.get_outputs()] == ["logits", "boxes", "regions"]
     for size in (1, 3):
         for image in range(0, 3, size):
-            found = detector.session.run(None, {"input": IMAGES[image : image + size].numpy()})
-            for values, part in zip(found, expected, strict=True):
+            outputs = detector.session.run(None, {"input": IMAGES[image : image + size].numpy()})
+            for values, part in zip(outputs, expected, strict=True):
                 np.testing.assert_allclose(values, part[image : image + size], atol=1e-3, rtol=1e-4)
     assert check_parity(network, exported.path, IMAGES[:2]).max_abs <= 1e-3
     detections = detector.detections(IMAGES.numpy())
@@ -82,7 +82,7 @@ def test_regions_stay_float_and_heads_become_int8(exported: OnnxFile, tmp_path: 
         Detector.load(exported.path).detect(PIXELS, 0.1),
         strict=True,
     ):
-        assert ours[0].label in {found.label for found in theirs[:5]}
+        assert ours[0].label in {detection.label for detection in theirs[:5]}
 
 
 @pytest.mark.parametrize(

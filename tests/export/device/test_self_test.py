@@ -14,14 +14,14 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.device import self_test
 from questpress.export.runtime import ArtifactError, Preprocessing
 
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
+from tests.support.networks import LABELS, PREPROCESSING, color_classifier, onnx_file
 
 FILTERED = replace(PREPROCESSING, interpolation="box")
 
 
 def write_artifact(folder: Path, preprocessing: Preprocessing = PREPROCESSING) -> Path:
     files = [
-        ShippedFile(onnx_file(colour_classifier(folder / name)), precision, target=target)
+        ShippedFile(onnx_file(color_classifier(folder / name)), precision, target=target)
         for name, precision, target in (
             ("student.int8.onnx", "int8", runtime.detect_target()),
             ("student.int8.other.onnx", "int8", "other"),

@@ -11,7 +11,7 @@ from questpress.export.int8.fake_quantize import FakeQuantized
 from questpress.export.int8.quantizer import Prepared, calibrate_ranges, quantize
 from questpress.export.int8.targets import find_target
 
-from tests.support.graphs import answers, assert_same_answers, constants, graph_of, prepared, weights
+from tests.support.graphs import assert_same_outputs, constants, graph_of, prepared, run_graph, weights
 
 node = helper.make_node
 TYPES = find_target("arm64")  # whose first convolution is int8, too
@@ -63,14 +63,14 @@ def test_each_layers_mean_output_is_the_float_ones() -> None:
         x = torch.from_numpy(IMAGES)
         seen = before(x, wanted=["input_DequantizeLinear_Output", "w_DequantizeLinear_Output"])
         rounded, w = seen["input_DequantizeLinear_Output"], seen["w_DequantizeLinear_Output"]
-        found = torch.nn.functional.conv2d(rounded, w, padding=1)
+        quantized = torch.nn.functional.conv2d(rounded, w, padding=1)
         exact = torch.nn.functional.conv2d(x, torch.tensor(constant(ready, "w")), padding=1)
-        error = (found - exact).mean(dim=(0, 2, 3)).numpy()
+        error = (quantized - exact).mean(dim=(0, 2, 3)).numpy()
     assert np.abs(error).max() > 1e-3
     assert np.allclose(constant(corrected, "b"), constant(ready, "b") - error, atol=1e-5)
 
     # The last layer's, after all that comes before it is quantized and corrected.
-    expected = answers(ready.model, IMAGES)[0].mean(axis=0)
+    expected = run_graph(ready.model, IMAGES)[0].mean(axis=0)
     with after.rounding(frozenset(after.sources()) - {"output"}):
         now = means(after, "output")
     with before.rounding(frozenset(before.sources()) - {"output"}):
@@ -110,7 +110,7 @@ def test_layers_without_a_bias_get_zeros() -> None:
     complete = with_all_biases(ready)
     assert [len(n.input) for n in complete.model.graph.node if n.op_type in ("Conv", "Gemm")] == [3, 3]
     assert constant(complete, "first_bias").shape == (6,) and constant(complete, "head_bias").shape == (4,)
-    assert_same_answers(ready.model, complete.model, IMAGES[:4])
+    assert_same_outputs(ready.model, complete.model, IMAGES[:4])
     ranges, _ = calibrate_ranges(complete.model, [IMAGES], "minmax", complete.scope.op_types)
     corrected = correct_biases(complete, fake(complete, ranges), IMAGES)
     assert constant(corrected, "first_bias").any() and constant(corrected, "head_bias").any()
@@ -128,5 +128,5 @@ def test_few_images_are_used_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
     network = fake(ready, ranges)
     monkeypatch.setattr(correction, "MAX_ACTIVATION_BYTES", 1)
-    one = correct_biases(ready, network, IMAGES)
-    assert np.array_equal(constant(one, "b"), constant(correct_biases(ready, network, IMAGES[:1]), "b"))
+    single = correct_biases(ready, network, IMAGES)
+    assert np.array_equal(constant(single, "b"), constant(correct_biases(ready, network, IMAGES[:1]), "b"))

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from questpress.export.conversion.rewrite import rewrite
 from questpress.export.int8.correction import CLEAR, equalize, layer_pairs
 
-from tests.support.graphs import answers, constants, graph_of, prepared, weights
+from tests.support.graphs import constants, graph_of, prepared, run_graph, weights
 
 node = helper.make_node
 IMAGES = weights(24, 3, 8, 8, seed=5)
@@ -48,7 +48,7 @@ def written(model: onnx.ModelProto) -> np.ndarray:
     """Return the writer's output for IMAGES."""
     both = copy.deepcopy(model)
     both.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
-    return answers(both, IMAGES)[1]
+    return run_graph(both, IMAGES)[1]
 
 
 def spans(model: onnx.ModelProto) -> np.ndarray:
@@ -58,8 +58,8 @@ def spans(model: onnx.ModelProto) -> np.ndarray:
 
 def assert_same_function(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     batch = weights(16, 3, 8, 8, seed=11)
-    for optimised in (True, False):
-        (was,), (now,) = (answers(model, batch, optimised=optimised) for model in (before, after))
+    for optimized in (True, False):
+        (was,), (now,) = (run_graph(model, batch, optimized=optimized) for model in (before, after))
         assert np.abs(now - was).max() <= 1e-4 * np.abs(was).max()
 
 
@@ -138,15 +138,15 @@ def test_across_relu6_only_channels_clear_of_six_are_scaled() -> None:
     assert [p.bound for p in layer_pairs(model)] == [6.0]
     level = equalize(prepared(model), IMAGES)
     assert level is not None
-    top, now = (written(one).max(axis=(0, 2, 3)) for one in (model, level.model))
+    top, now = (written(m).max(axis=(0, 2, 3)) for m in (model, level.model))
     clear = top < CLEAR * 6
     assert 0 < clear.sum() < 6
     moved = np.abs(constants(level.model)["w"] / constants(model)["w"] - 1).max(axis=(1, 2, 3)) > 1e-6
     assert not moved[~clear].any() and moved[clear].any()
     assert (now[clear] <= CLEAR * 6 + 1e-4).all()
     assert (now[clear & (top < 0.5)] > top[clear & (top < 0.5)]).all()
-    (was,), (found,) = answers(model, IMAGES), answers(level.model, IMAGES)
-    assert np.abs(found - was).max() <= 1e-4 * np.abs(was).max()
+    (expected,), (output,) = run_graph(model, IMAGES), run_graph(level.model, IMAGES)
+    assert np.abs(output - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("bounded", [False, True])

@@ -39,8 +39,8 @@ def images(n: int, size: int = 32) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def no_float_stem(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left in float for its speed."""
-    for name, one in TARGETS.items():
-        monkeypatch.setitem(TARGETS, name, replace(one, float_stem=False))
+    for name, target in TARGETS.items():
+        monkeypatch.setitem(TARGETS, name, replace(target, float_stem=False))
 
 
 def int8_of(name: str, folder: Path, rules: Collection[str] | None = None) -> Path:
@@ -61,12 +61,12 @@ def test_operators_without_an_integer_kernel_are_named(tmp_path: Path) -> None:
     others = RULES.keys() - {"multiply_hard_swish"}
     path = int8_of("mobilenetv3_small_050", tmp_path, others)
     file = {n.name: n.op_type for n in onnx.load(str(path)).graph.node}
-    found = float_nodes(path)
-    named = {n.name for n in found if n.op_type == "HardSwish"}
+    entries = float_nodes(path)
+    named = {n.name for n in entries if n.op_type == "HardSwish"}
     assert named == {name for name, kind in file.items() if kind == "HardSwish"} != set()
     reason = "ONNX Runtime has no integer kernel for HardSwish"
-    assert {n.why for n in found if n.op_type == "HardSwish"} == {reason}
-    assert {n.why for n in found if n.op_type != "HardSwish"} == {
+    assert {n.why for n in entries if n.op_type == "HardSwish"} == {reason}
+    assert {n.why for n in entries if n.op_type != "HardSwish"} == {
         CONVERTS_INPUT,
         CONVERTS_OUTPUT,
         CONVERTS_BETWEEN,
@@ -100,14 +100,14 @@ def test_nodes_of_a_float_file_are_explained() -> None:
 
 
 def test_output_that_is_not_converted_is_the_reason() -> None:
-    one, zero = {"s": np.float32(0.1)}, {"z": np.array(0, np.uint8)}
+    scale, zero = {"s": np.float32(0.1)}, {"z": np.array(0, np.uint8)}
     nodes = [
         node("QuantizeLinear", ["input", "s", "z"], ["q"], name="q"),
         node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
         node("Sigmoid", ["d"], ["output"], name="sigmoid"),
     ]
-    found = float_nodes(graph_of(nodes, one | zero).SerializeToString())
-    assert found[-1] == FloatNode(name="sigmoid", op_type="Sigmoid", why=WRITES_FLOAT)
+    entries = float_nodes(graph_of(nodes, scale | zero).SerializeToString())
+    assert entries[-1] == FloatNode(name="sigmoid", op_type="Sigmoid", why=WRITES_FLOAT)
 
 
 def test_file_that_cannot_be_run_is_refused() -> None:

@@ -14,7 +14,7 @@ from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import prepare
 from questpress.export.int8.torch_graph import GraphNetwork, with_weights
 
-from tests.support.graphs import answers, constants, graph_of, weights
+from tests.support.graphs import constants, graph_of, run_graph, weights
 
 node = helper.make_node
 
@@ -26,10 +26,10 @@ def computed(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
 
 
 def assert_same(model: onnx.ModelProto, batch: np.ndarray, tolerance: float = 1e-5) -> None:
-    (expected,) = answers(model, batch, optimised=False)
-    found = computed(model, batch)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance * max(1.0, float(np.ptp(expected)))
+    (expected,) = run_graph(model, batch, optimized=False)
+    output = computed(model, batch)
+    assert output.shape == expected.shape
+    assert np.abs(output - expected).max() <= tolerance * max(1.0, float(np.ptp(expected)))
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_resnet"])
@@ -173,22 +173,22 @@ def test_weights_learn_by_torchs_gradients() -> None:
     batch = torch.from_numpy(weights(2, 3, 8, 8, seed=3))
     network(batch)["output"].square().sum().backward()
     w, head, bias = (network.weight(name) for name in ("layer.w", "head", "bias"))
-    own = [one.detach().clone().requires_grad_() for one in (w, head, bias)]
-    middle = torch.nn.functional.conv2d(batch, own[0]).clamp(0, 6).flatten(1)
-    (middle @ own[1] + own[2]).square().sum().backward()
-    for one, other in zip((w, head, bias), own, strict=True):
-        assert one.grad is not None and other.grad is not None
-        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    copies = [weight.detach().clone().requires_grad_() for weight in (w, head, bias)]
+    middle = torch.nn.functional.conv2d(batch, copies[0]).clamp(0, 6).flatten(1)
+    (middle @ copies[1] + copies[2]).square().sum().backward()
+    for weight, expected in zip((w, head, bias), copies, strict=True):
+        assert weight.grad is not None and expected.grad is not None
+        assert torch.allclose(weight.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_tensors_wanted_are_given_by_name_and_no_others() -> None:
     network = GraphNetwork(two_layers()).eval()
     batch = torch.from_numpy(weights(2, 3, 8, 8, seed=3))
     with torch.no_grad():
-        found = network(batch, wanted=["a", "b"])
-    assert sorted(found) == ["a", "b", "output"]
-    assert torch.equal(found["b"], found["a"].clamp(0, 6))
-    assert found["a"].min() < 0
+        tensors = network(batch, wanted=["a", "b"])
+    assert sorted(tensors) == ["a", "b", "output"]
+    assert torch.equal(tensors["b"], tensors["a"].clamp(0, 6))
+    assert tensors["a"].min() < 0
 
 
 def test_unsupported_operator_is_named() -> None:

@@ -62,16 +62,16 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np
     return path, x[:128].numpy(), x[1400:].numpy(), y[1400:].numpy()
 
 
-def answers(path: Path, batch: np.ndarray) -> np.ndarray:
+def compute_logits(path: Path, batch: np.ndarray) -> np.ndarray:
     return runtime.open_session(path, 1, fuse=False).run(None, {"input": batch})[0]
 
 
 def judge_by(fp32: Path, batch: np.ndarray, labels: np.ndarray) -> Callable[[Path], Verdict]:
-    exact = answers(fp32, batch)
+    exact = compute_logits(fp32, batch)
     right = (exact.argmax(1) == labels).mean() * 100
 
     def judge(path: Path) -> Verdict:
-        logits = answers(path, batch)
+        logits = compute_logits(path, batch)
         score = float((logits.argmax(1) == labels).mean() * 100)
         noise = float(np.square(logits - exact).sum())
         sqnr = float(10 * np.log10(np.square(exact).sum() / noise))
@@ -100,7 +100,7 @@ def test_student_that_naive_quantization_ruins_keeps_its_accuracy(
         weight_type=QuantType.QInt8,
     )
     of_float, of_naive = (
-        (answers(p, rest).argmax(1) == labels).mean() for p in (fp32, tmp_path / "naive.onnx")
+        (compute_logits(p, rest).argmax(1) == labels).mean() for p in (fp32, tmp_path / "naive.onnx")
     )
     assert of_float > 0.8 and of_naive < of_float - 0.4
     judge = judge_by(fp32, rest, labels)
@@ -110,7 +110,7 @@ def test_student_that_naive_quantization_ruins_keeps_its_accuracy(
         assert result.chosen is not None
         chosen, file = result.candidates[result.chosen], result.files[result.chosen]
         assert chosen.lost <= 0.6  # two images
-        assert (answers(file.path, rest).argmax(1) == labels).mean() >= of_float - 0.006
+        assert (compute_logits(file.path, rest).argmax(1) == labels).mean() >= of_float - 0.006
         # No calibrator was enough: the channels had to be brought together.
         assert chosen.equalized
         calibrated = result.candidates[: len(METHODS)]
@@ -133,10 +133,10 @@ def test_whole_search_gives_the_same_candidates_and_bytes_again(
         results.append(
             search(prepare(fp32), [calibration], find_target("x86-vnni"), tmp_path / folder, strict)
         )
-    one, other = results
-    assert one.sources == other.sources and one.chosen is other.chosen is None
-    assert len(one.candidates) > len(METHODS) + 2
-    assert one.candidates == other.candidates
-    for a, b in zip(one.files, other.files, strict=True):
+    first, second = results
+    assert first.sources == second.sources and first.chosen is second.chosen is None
+    assert len(first.candidates) > len(METHODS) + 2
+    assert first.candidates == second.candidates
+    for a, b in zip(first.files, second.files, strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()
         assert json.dumps(a.recipe) == json.dumps(b.recipe)

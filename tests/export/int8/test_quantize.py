@@ -21,7 +21,7 @@ from questpress.export.int8.quantizer import int8_scope
 from torch import nn
 
 from tests.support.networks import (
-    colour_classifier,
+    color_classifier,
     images,
     quantize_int8,
     signal_to_noise,
@@ -56,10 +56,10 @@ def test_int8_logits_stay_close_to_float(fp32: Path, tmp_path: Path, method: str
 def test_all_but_the_first_convolution_runs_in_integers(fp32: Path, tmp_path: Path) -> None:
     file = quantize_int8(fp32, tmp_path / "a.onnx", [images(16)], target_name="x86-vnni")
     options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     ort.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
-    kinds = Counter(node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node)
+    kinds = Counter(node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node)
     assert kinds["QLinearConv"] == 2 and kinds["QLinearGlobalAveragePool"] == 1 and kinds["QGemm"] == 1
     assert kinds["QuantizeLinear"] == 1 and kinds["DequantizeLinear"] == 1
     floats = [kind for kind in kinds if kind in ("Conv", "Gemm", "ReduceMean", "Clip", "Add")]
@@ -149,7 +149,7 @@ def test_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path: 
 
 
 def test_head_without_convolutions_and_one_class_quantize(tmp_path: Path) -> None:
-    path = colour_classifier(tmp_path / "colors.onnx", {})
+    path = color_classifier(tmp_path / "colors.onnx", {})
     file = quantize_int8(path, tmp_path / "a.onnx", [images(64, 8)])
     assert signal_to_noise(logits(path, images(8, 8, 1)), logits(file.path, images(8, 8, 1))) > 25
     for classes in (1, 1000):

@@ -40,8 +40,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare(export_onnx(small_conv_net(), path, 16, metadata={}).path)
 
 
-def told(verdicts: Sequence[Verdict]) -> Judge:
-    """A judge who says these things in turn, the last of them again and again."""
+def make_judge(verdicts: Sequence[Verdict]) -> Judge:
+    """A judge that returns these verdicts in turn, and then the last one."""
     left = list(verdicts)
 
     def judge(path: Path) -> Verdict:
@@ -51,43 +51,43 @@ def told(verdicts: Sequence[Verdict]) -> Judge:
     return judge
 
 
-def says(score: float, holds: bool, sqnr: float = 10.0) -> Verdict:
+def verdict(score: float, holds: bool, sqnr: float = 10.0) -> Verdict:
     return Verdict(score=score, lost=100 - score, holds=holds, sqnr=sqnr)
 
 
-NO = says(50, False)
+NO = verdict(50, False)
 
 
-def found(small: Prepared, folder: Path, judge: Judge, **more: object) -> Search:
+def run_search(small: Prepared, folder: Path, judge: Judge, **more: object) -> Search:
     folder.mkdir()
     return search(small, [images(24)], TYPES, folder, judge, **more)  # type: ignore[arg-type]
 
 
 def names(result: Search) -> list[str]:
-    return [one.name for one in result.candidates]
+    return [candidate.name for candidate in result.candidates]
 
 
 def test_search_stops_at_calibrators_if_the_budget_holds(small: Prepared, tmp_path: Path) -> None:
-    verdicts = [says(90, True), says(92, True), NO, says(91, True), NO]
-    said: list[str] = []
-    result = found(small, tmp_path / "a", told(verdicts), progress=said.append)
-    assert names(result) == said == list(METHODS)
+    verdicts = [verdict(90, True), verdict(92, True), NO, verdict(91, True), NO]
+    reported: list[str] = []
+    result = run_search(small, tmp_path / "a", make_judge(verdicts), progress=reported.append)
+    assert names(result) == reported == list(METHODS)
     assert result.chosen == 1 and result.sources == () and result.stopped is None
 
 
 def test_steps_come_in_their_order_and_end_with_the_first_that_holds(small: Prepared, tmp_path: Path) -> None:
-    result = found(small, tmp_path / "a", told([NO]), calibrators=["minmax", "percentile"])
+    result = run_search(small, tmp_path / "a", make_judge([NO]), calibrators=["minmax", "percentile"])
     every = names(result)
     # Nothing was better than the first calibrator, so every step starts from it.
     assert every[:4] == ["minmax", "percentile", "minmax, equalized", "minmax, biases corrected"]
     islands = result.candidates[4:]
-    assert islands and all(one.name == f"minmax, {len(one.kept_float)} nodes float" for one in islands)
+    assert islands and all(x.name == f"minmax, {len(x.kept_float)} nodes float" for x in islands)
     assert result.chosen is None and result.sources
     for n in range(1, len(every)):
-        first = found(
+        first = run_search(
             small,
             tmp_path / f"b{n}",
-            told([*[NO] * n, says(80, True), NO]),
+            make_judge([*[NO] * n, verdict(80, True), NO]),
             calibrators=["minmax", "percentile"],
         )
         assert names(first) == every[: max(n + 1, 2)]
@@ -98,8 +98,8 @@ def test_steps_come_in_their_order_and_end_with_the_first_that_holds(small: Prep
 
 
 def test_step_starts_from_the_best_so_far(small: Prepared, tmp_path: Path) -> None:
-    verdicts = [NO, says(60, False), says(70, False), says(40, False), says(75, False), says(10, False)]
-    result = found(small, tmp_path / "a", told(verdicts), calibrators=["minmax", "moving-average"])
+    verdicts = [NO, *(verdict(score, False) for score in (60, 70, 40, 75, 10))]
+    result = run_search(small, tmp_path / "a", make_judge(verdicts), calibrators=["minmax", "moving-average"])
     assert names(result)[:5] == [
         "minmax",
         "moving-average",
@@ -115,13 +115,13 @@ def test_step_starts_from_the_best_so_far(small: Prepared, tmp_path: Path) -> No
 
 
 def test_islands_grow_and_each_holds_the_one_before(small: Prepared, tmp_path: Path) -> None:
-    result = found(small, tmp_path / "a", told([NO]), calibrators=["minmax"])
-    islands = [set(one.kept_float) for one in result.candidates if one.kept_float]
+    result = run_search(small, tmp_path / "a", make_judge([NO]), calibrators=["minmax"])
+    islands = [set(x.kept_float) for x in result.candidates if x.kept_float]
     assert len(islands) >= 2
     for less, more in pairwise(islands):
         assert less < more
     worst = result.sources[0]
-    assert islands[0] == set(worst.nodes) and worst.sqnr == min(one.sqnr for one in result.sources)
+    assert islands[0] == set(worst.nodes) and worst.sqnr == min(x.sqnr for x in result.sources)
     for candidate, file in zip(result.candidates, result.files, strict=True):
         assert set(candidate.kept_float) <= set(file.recipe["kept_float"])
 
@@ -129,51 +129,51 @@ def test_islands_grow_and_each_holds_the_one_before(small: Prepared, tmp_path: P
 def test_most_accurate_candidate_within_the_budget_ships(small: Prepared, tmp_path: Path) -> None:
     for n, (verdicts, chosen) in enumerate(
         [
-            ([says(90, True), says(95, False, 99), says(91, True, 1), says(90, True, 50)], 2),
-            ([says(90, True, 10), says(90, True, 30), says(90, True, 20), says(80, True, 90)], 1),
-            ([says(90, True, 30), says(90, True, 30), says(90, True, 30), says(90, True, 30)], 0),
+            ([verdict(90, True), verdict(95, False, 99), verdict(91, True, 1), verdict(90, True, 50)], 2),
+            ([verdict(90, True, 10), verdict(90, True, 30), verdict(90, True, 20), verdict(80, True, 90)], 1),
+            ([verdict(90, True, 30), verdict(90, True, 30), verdict(90, True, 30), verdict(90, True, 30)], 0),
         ]
     ):
-        result = found(small, tmp_path / str(n), told(verdicts))
+        result = run_search(small, tmp_path / str(n), make_judge(verdicts))
         assert result.chosen == chosen
 
 
 def test_lossless_candidate_ends_the_first_step(small: Prepared, tmp_path: Path) -> None:
     """Without loss and with more noise the next calibrator is tried, too."""
-    verdicts = [says(100, True, 15), says(100, True, 25), says(100, True, 30)]
-    result = found(small, tmp_path / "a", told(verdicts))
+    verdicts = [verdict(100, True, 15), verdict(100, True, 25), verdict(100, True, 30)]
+    result = run_search(small, tmp_path / "a", make_judge(verdicts))
     assert names(result) == ["minmax", "percentile"] and result.chosen == 1
 
 
 def test_fewer_float_islands_break_ties(small: Prepared, tmp_path: Path) -> None:
-    one = found(small, tmp_path / "a", told([says(90, True)]), calibrators=["minmax"]).candidates[0]
-    island = one.model_copy(update={"kept_float": ("a", "b"), "sqnr": 99.0})
-    assert one.rank > island.rank
-    assert island.model_copy(update={"score": 90.1, "sqnr": 1.0}).rank > one.rank
-    assert one.model_copy(update={"score": 99.0, "holds": False}).rank < island.rank
+    result = run_search(small, tmp_path / "a", make_judge([verdict(90, True)]), calibrators=["minmax"])
+    plain = result.candidates[0]
+    island = plain.model_copy(update={"kept_float": ("a", "b"), "sqnr": 99.0})
+    assert plain.rank > island.rank
+    assert island.model_copy(update={"score": 90.1, "sqnr": 1.0}).rank > plain.rank
+    assert plain.model_copy(update={"score": 99.0, "holds": False}).rank < island.rank
 
 
 def test_learned_ranges_are_a_candidate_and_in_its_file(small: Prepared, tmp_path: Path) -> None:
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     network = FakeQuantized(small, quantize(small, ranges, TYPES), TYPES)
     with torch.no_grad():
-        for one in network.ranges.values():
-            one.logs.fill_(-0.25)
+        for module in network.ranges.values():
+            module.logs.fill_(-0.25)
     overrides = network.overrides()
-    result = found(
+    result = run_search(
         small,
         tmp_path / "a",
-        told([says(95, True), says(90, True)]),
+        make_judge([verdict(95, True), verdict(90, True)]),
         learned=Learned(small, overrides),
         calibrators=["minmax"],
     )
     assert names(result) == ["learned", "minmax"] and result.chosen == 0
     scales = [value for name, value in constants(onnx.load(str(result.files[0].path))).items()
               if name.endswith("_scale")]  # fmt: skip
-    assert all(any(np.array_equal(entry["scale"], one) for one in scales) for entry in overrides.values())
-    alone = found(
-        small, tmp_path / "b", told([says(95, True)]), learned=Learned(small, overrides), calibrators=[]
-    )
+    assert all(any(np.array_equal(x["scale"], scale) for scale in scales) for x in overrides.values())
+    judge, learned = make_judge([verdict(95, True)]), Learned(small, overrides)
+    alone = run_search(small, tmp_path / "b", judge, learned=learned, calibrators=[])
     assert names(alone) == ["learned"]
 
 
@@ -182,10 +182,10 @@ def test_learned_ranges_that_do_not_hold_are_not_equalized_but_corrected(
 ) -> None:
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     overrides = FakeQuantized(small, quantize(small, ranges, TYPES), TYPES).overrides()
-    result = found(
+    result = run_search(
         small,
         tmp_path / "a",
-        told([says(80, False), says(70, False), says(85, True)]),
+        make_judge([verdict(80, False), verdict(70, False), verdict(85, True)]),
         learned=Learned(small, overrides),
         calibrators=["minmax"],
     )
@@ -194,7 +194,7 @@ def test_learned_ranges_that_do_not_hold_are_not_equalized_but_corrected(
 
 def test_search_needs_a_calibrator(small: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="requires at least one calibrator"):
-        found(small, tmp_path / "a", told([NO]), calibrators=[])
+        run_search(small, tmp_path / "a", make_judge([NO]), calibrators=[])
 
 
 def test_graph_unsupported_by_torch_is_searched_by_calibrators(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_graph_unsupported_by_torch_is_searched_by_calibrators(tmp_path: Path) -
     constants = {"w": weights(4, 3, 1, 1), "v": weights(2, 4, 1, 1), "axis": np.array(2)}
     model = graph_of(nodes, constants, given=("batch", 3, 16, 16))
     odd = prepared(model)
-    result = found(odd, tmp_path / "a", told([NO]))
+    result = run_search(odd, tmp_path / "a", make_judge([NO]))
     assert names(result) == list(METHODS) and result.chosen is None
     assert result.stopped is not None and "operator CumSum (sums)" in result.stopped
-    held = found(odd, tmp_path / "b", told([says(90, True)]))
+    held = run_search(odd, tmp_path / "b", make_judge([verdict(90, True)]))
     assert held.chosen is not None and held.stopped is None
 
 
@@ -218,19 +218,19 @@ def test_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     network = FakeQuantized(small, quantize(small, ranges, types), types).eval()
     sources = measure_sensitivity(small, network, images(8))
-    assert {one.tensor for one in sources} == set(network.sources())
-    assert [one.sqnr for one in sources] == sorted(one.sqnr for one in sources)
+    assert {source.tensor for source in sources} == set(network.sources())
+    assert [source.sqnr for source in sources] == sorted(source.sqnr for source in sources)
     made = {name: n for n in small.model.graph.node for name in n.output}
-    for one in sources:
-        assert one.nodes
+    for source in sources:
+        assert source.nodes
         rounded = {
             name.removesuffix("_QuantizeLinear_Input").removesuffix("_quantized")
-            for n in quantize(small, ranges, types, kept_float=one.nodes).graph.node
+            for n in quantize(small, ranges, types, kept_float=source.nodes).graph.node
             if n.op_type in ("QuantizeLinear", "DequantizeLinear")
             for name in n.input[:1]
         }
-        assert one.tensor not in rounded
-        maker = made.get(one.tensor)
+        assert source.tensor not in rounded
+        maker = made.get(source.tensor)
         if maker is not None and maker.op_type in ("Relu", "Clip"):
             assert maker.input[0] not in rounded  # what the activation cuts is not rounded in its place
     x = torch.from_numpy(images(8))
@@ -257,9 +257,9 @@ def test_calibrator_that_cannot_cope_is_left_out_and_named(
         return calibrator
 
     monkeypatch.setattr(quantizer, "create_calibrator", greedy)
-    found = search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True))
-    assert [one.name for one in found.candidates] == ["minmax", "percentile", "moving-average"]
-    assert found.stopped is not None and "entropy needs more memory" in found.stopped
+    result = search(small, [images(24)], TYPES, tmp_path, lambda _: verdict(90, True))
+    assert [candidate.name for candidate in result.candidates] == ["minmax", "percentile", "moving-average"]
+    assert result.stopped is not None and "entropy needs more memory" in result.stopped
     with pytest.raises(CalibratorError, match="entropy"):
-        search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True),
+        search(small, [images(24)], TYPES, tmp_path, lambda _: verdict(90, True),
                calibrators=["entropy"])  # fmt: skip

@@ -20,7 +20,7 @@ from tests.support.graphs import constants, graph_of, prepared, weights
 from tests.support.networks import (
     LABELS,
     PREPROCESSING,
-    colour_classifier,
+    color_classifier,
     images,
     onnx_file,
     quantize_int8,
@@ -165,7 +165,7 @@ def artifact(folder: Path, *int8: tuple[str, str | None]) -> Path:
     """An artifact folder of one fp32 file and int8 files, named and for a target each."""
     folder.mkdir()
     files = [
-        ShippedFile(onnx_file(colour_classifier(folder / name)), precision, target=target)
+        ShippedFile(onnx_file(color_classifier(folder / name)), precision, target=target)
         for name, precision, target in [("student.onnx", "fp32", None), *((n, "int8", t) for n, t in int8)]
     ]
     write_manifest(folder, files=files, preprocessing=PREPROCESSING, labels=LABELS, origin={})

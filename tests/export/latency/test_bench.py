@@ -17,11 +17,11 @@ from questpress.export.latency import runner
 from questpress.export.latency.machine import environment
 from questpress.export.latency.runner import MIN_ROUNDS, Subject, Worker, bench
 
-from tests.support.networks import colour_classifier
+from tests.support.networks import color_classifier
 
 
 def subject(folder: Path, name: str, size: int, n: int = 8) -> Subject:
-    path = colour_classifier(folder / f"{name}.onnx", {}, size)
+    path = color_classifier(folder / f"{name}.onnx", {}, size)
     inputs = np.random.default_rng(0).standard_normal((n, 3, size, size), dtype=np.float32)
     return Subject(name, path, inputs)
 
@@ -41,8 +41,8 @@ def test_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None
         assert len(samples.blocks) >= MIN_ROUNDS
         assert latency.p50 == pytest.approx(np.median(samples.ms))
     assert result.latency("small", 1).p50 < result.latency("large", 1).p50
-    found = result.speedup("small", "large", 1)
-    assert found.ratio > 1 and found.low <= found.ratio <= found.high and found.verdict == "faster"
+    speedup = result.speedup("small", "large", 1)
+    assert speedup.ratio > 1 and speedup.low <= speedup.ratio <= speedup.high and speedup.verdict == "faster"
     assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] == 1.0
     np.savez(tmp_path / "raw.npz", **result.to_arrays())
     with np.load(tmp_path / "raw.npz") as kept:
@@ -102,7 +102,7 @@ def test_invalid_model_error_names_the_reason(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ExportError, match=r"text cannot be timed: .*cannot load"):
         bench([Subject("text", tmp_path / "text.onnx", inputs)], threads=[1], seconds=0.05)
-    path = colour_classifier(tmp_path / "a.onnx", {}, 8)
+    path = color_classifier(tmp_path / "a.onnx", {}, 8)
     with pytest.raises(ExportError, match=r"a cannot be timed: .*invalid dimensions"):
         bench([Subject("a", path, np.zeros((1, 3, 9, 9), np.float32))], threads=[1], seconds=0.05)
 

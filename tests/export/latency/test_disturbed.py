@@ -1,4 +1,4 @@
-"""Beside other processes, ratios are those of a quiet machine or are not reported."""
+"""Next to other processes, ratios are those of a quiet machine or are not reported."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def working(folder: Path, name: str, amount: int) -> Subject:
     return Subject(name, "", np.zeros((1, 3, 8, 8), np.float32), (str(script), str(amount)))
 
 
-def test_ratio_beside_a_busy_loop_is_that_of_the_work_or_missing(tmp_path: Path) -> None:
+def test_ratio_next_to_a_busy_loop_is_that_of_the_work_or_missing(tmp_path: Path) -> None:
     cores = choose_cores(1)
     if not cores or noise.read_counters().busy is None:
         pytest.skip("this system neither pins processes nor counts cores' time")

@@ -42,7 +42,7 @@ def test_percentiles_interval_holds_the_true_one_95_times_of_100(name: str) -> N
 
 
 def test_correlated_runs_count_as_fewer() -> None:
-    """Every round has a speed of its own: 700 runs are hardly more than 20."""
+    """Every round has a different speed: 700 runs are hardly more than 20."""
     rng, held, naive = np.random.default_rng(2), 0, 0
     for _ in range(150):
         blocks = [rng.normal(level, 0.1, 35) for level in rng.normal(10, 1, 20)]
@@ -87,8 +87,8 @@ def test_speedups_interval_holds_the_true_ratio(n: int, processes: int, alike: f
             for name, base in (("one", 1.0), ("again", 1.0), ("other", 2.0))
         )
         pooled = compute_process_spread([one, again, other])
-        found = compute_speedup(one, other, spread=pooled, seed=seed, resamples=300)
-        held += found.low <= 2.0 <= found.high and found.verdict == "faster"
+        speedup = compute_speedup(one, other, spread=pooled, seed=seed, resamples=300)
+        held += speedup.low <= 2.0 <= speedup.high and speedup.verdict == "faster"
         no_difference += (
             compute_speedup(again, one, spread=pooled, seed=seed, resamples=300).verdict == "no difference"
         )
@@ -110,8 +110,8 @@ def test_single_process_assumes_a_spread() -> None:
     latencies = [one_round([1.0, 1.1]), one_round([2.0, 2.1])]
     assert compute_process_spread(latencies) == ProcessSpread(PROCESS_STD, 0)
     several = Samples("a", 1, [np.array([1.0]), np.array([np.exp(0.02)])] * 10, processes=2)
-    found = compute_process_spread([several])
-    assert found.freedom == 1 and found.std == pytest.approx(0.02 / np.sqrt(2))
+    spread = compute_process_spread([several])
+    assert spread.freedom == 1 and spread.std == pytest.approx(0.02 / np.sqrt(2))
 
 
 def test_percentiles_interpolate_and_need_their_minimum_of_samples() -> None:
@@ -145,15 +145,15 @@ def test_no_outlier_is_dropped() -> None:
 def test_speedup_is_the_ratio_of_the_reported_medians() -> None:
     slow = Samples("slow", 1, [np.array([4.0, 4.0, 9.0]), np.array([6.0]), np.array([3.0, 3.0])])
     fast = Samples("fast", 1, [np.array([2.0]), np.array([2.0, 2.0, 7.0]), np.array([1.5])])
-    found = compute_speedup(fast, slow)
-    assert found.ratio == np.median(slow.ms) / np.median(fast.ms) == 2.0
-    assert found.low < 2.0 < found.high and found.verdict == "faster"
+    speedup = compute_speedup(fast, slow)
+    assert speedup.ratio == np.median(slow.ms) / np.median(fast.ms) == 2.0
+    assert speedup.low < 2.0 < speedup.high and speedup.verdict == "faster"
     assert (
         compute_speedup(slow, fast).ratio == pytest.approx(0.5)
         and compute_speedup(slow, fast).verdict == "slower"
     )
     assert compute_speedup(slow, slow).verdict == "no difference"
-    assert compute_speedup(fast, slow) == found
+    assert compute_speedup(fast, slow) == speedup
     with pytest.raises(ValueError, match="same rounds"):
         compute_speedup(fast, Samples("slow", 2, [np.array([1.0])] * 3))
 
@@ -162,7 +162,7 @@ def test_speedup_is_the_ratio_of_the_reported_medians() -> None:
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
 def test_intervals_ends_are_the_binomials_ranks_exactly(n: int, p: float) -> None:
     ordered = np.arange(1, n + 1, dtype=float)
-    found = _order_statistics(ordered, p)
+    interval = _order_statistics(ordered, p)
     first, last = int(binom.ppf(0.025, n, p)), int(binom.ppf(0.975, n, p)) + 1
-    assert found[0] == (ordered[first - 1] if first >= 1 else None)
-    assert found[1] == (ordered[last - 1] if last <= n else None)
+    assert interval[0] == (ordered[first - 1] if first >= 1 else None)
+    assert interval[1] == (ordered[last - 1] if last <= n else None)

@@ -21,26 +21,26 @@ from questpress.export.results import Flag
 KNOWN = """
 import json, os, random, struct, sys, time
 chance = random.Random(os.urandom(8))
-own = float(sys.argv[1]) * chance.lognormvariate(0, 0.002)
-def answer(head, body=b""):
+latency = float(sys.argv[1]) * chance.lognormvariate(0, 0.002)
+def reply(head, body=b""):
     sys.stdout.buffer.write(json.dumps(head).encode() + b"\\n" + body)
     sys.stdout.buffer.flush()
 sys.stdin.readline()
-answer({"ready": True})
+reply({"ready": True})
 for line in sys.stdin:
     end = time.perf_counter() + json.loads(line)["seconds"]
     times = []
     while not times or time.perf_counter() < end:
-        wanted = own * chance.lognormvariate(0, 0.02)
+        wanted = latency * chance.lognormvariate(0, 0.02)
         start = time.perf_counter()
         while (taken := 1000 * (time.perf_counter() - start)) < wanted:
             pass
         times.append(taken)
-    answer({"bytes": 8 * len(times), "cpu": time.process_time()}, struct.pack(f"{len(times)}d", *times))
+    reply({"bytes": 8 * len(times), "cpu": time.process_time()}, struct.pack(f"{len(times)}d", *times))
 """
 
 
-def known(folder: Path, name: str, milliseconds: float) -> Subject:
+def create_subject(folder: Path, name: str, milliseconds: float) -> Subject:
     script = folder / "known.py"
     script.write_text(KNOWN)
     return Subject(name, "", np.zeros((1, 3, 8, 8), np.float32), (str(script), str(milliseconds)))
@@ -48,13 +48,13 @@ def known(folder: Path, name: str, milliseconds: float) -> Subject:
 
 def test_known_latencies_are_compared(tmp_path: Path) -> None:
     """The coverage of the interval is tested without a clock, in test_latency.py."""
-    subjects = [known(tmp_path, "slow", 1.5), known(tmp_path, "fast", 1.0)]
-    found = bench(subjects, threads=[1], seconds=0.5, processes=2).speedup("fast", "slow", 1)
-    assert 1.4 < found.ratio < 1.6 and found.verdict == "faster"
+    subjects = [create_subject(tmp_path, "slow", 1.5), create_subject(tmp_path, "fast", 1.0)]
+    speedup = bench(subjects, threads=[1], seconds=0.5, processes=2).speedup("fast", "slow", 1)
+    assert 1.4 < speedup.ratio < 1.6 and speedup.verdict == "faster"
 
 
 def test_same_file_twice_is_no_difference(tmp_path: Path) -> None:
-    pair = [known(tmp_path, "A", 0.5), known(tmp_path, "A again", 0.5)]
+    pair = [create_subject(tmp_path, "A", 0.5), create_subject(tmp_path, "A again", 0.5)]
     verdicts = [
         bench(pair, threads=[1], seconds=0.1, processes=2, seed=seed).speedup("A again", "A", 1).verdict
         for seed in range(5)
@@ -80,11 +80,11 @@ def test_busy_neighbor_raises_a_flag(tmp_path: Path) -> None:
     if not choose_cores(1) or noise.read_counters().busy is None:
         pytest.skip("this system neither pins processes nor counts cores' time")
     with neighbor(choose_cores(1)[0]):
-        result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
-    [found] = [flag for flag in result.flags if flag.name == "neighbor"]
+        result = bench([create_subject(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
+    [raised] = [flag for flag in result.flags if flag.name == "neighbor"]
     # The system and its other processes decide how much time a neighbor gets.
-    assert found.threads == 1 and found.figures["value"] > noise.LIMITS["neighbor"]
-    assert found.sentence.endswith("of the cores under test.")
+    assert raised.threads == 1 and raised.figures["value"] > noise.LIMITS["neighbor"]
+    assert raised.sentence.endswith("of the cores under test.")
 
 
 def reading(
@@ -117,10 +117,10 @@ def test_own_time_is_no_neighbors() -> None:
 def test_stolen_and_throttled_time_raises_a_flag() -> None:
     before = reading(0, {0: 0.0}, {0: 1.0})
     after = reading(10, {0: 10.0}, {0: 1.5}, 3)
-    found = noise.check_counters(before, after, 10.0, (0,), 1)
-    assert names(found) == ["steal", "throttled"]
-    assert found[0].sentence == "The host gave 5 % of this virtual machine's cores to others."
-    assert found[1].sentence == "The container's CPU quota stopped its processes 3 times."
+    flags = noise.check_counters(before, after, 10.0, (0,), 1)
+    assert names(flags) == ["steal", "throttled"]
+    assert flags[0].sentence == "The host gave 5 % of this virtual machine's cores to others."
+    assert flags[1].sentence == "The container's CPU quota stopped its processes 3 times."
 
 
 def test_unavailable_counters_are_named() -> None:
@@ -136,8 +136,8 @@ def test_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
         "cpu0 100 20 50 400 5 3 2 7 0 0\ncpu1 200 0 50 500 0 0 0 0 0 0\nintr 5\n"
     )
     ticks = os.sysconf("SC_CLK_TCK")
-    found = noise.read_counters(tmp_path)
-    assert found.busy == {0: 175 / ticks, 1: 250 / ticks} and found.stolen == {0: 7 / ticks, 1: 0.0}
+    counters = noise.read_counters(tmp_path)
+    assert counters.busy == {0: 175 / ticks, 1: 250 / ticks} and counters.stolen == {0: 7 / ticks, 1: 0.0}
     assert noise.read_counters(tmp_path / "none").busy is None
 
 
@@ -163,16 +163,16 @@ def test_changing_sentinel_raises_a_flag() -> None:
 def test_drift_and_differing_processes_raise_flags() -> None:
     rng = np.random.default_rng(0)
     steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
-    latency = Samples("a", 1, [np.array([one]) for one in steady], processes=2)
+    latency = Samples("a", 1, [np.array([median]) for median in steady], processes=2)
     assert noise.check_samples([latency], still, 1) == []
     rising = steady * np.linspace(1, 1.1, 60)
-    latency = Samples("a", 1, [np.array([one]) for one in rising], processes=2)
+    latency = Samples("a", 1, [np.array([median]) for median in rising], processes=2)
     [flag] = noise.check_samples([latency], still, 1)
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
     apart = steady * np.tile([1.0, 1.08], 30)
-    latency = Samples("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
+    latency = Samples("a", 1, [np.array([median]) for median in apart], settled=False, processes=2)
     assert names(noise.check_samples([latency], still, 1)) == ["repeat", "unsettled"]
 
 
