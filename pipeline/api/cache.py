@@ -1,9 +1,9 @@
-"""List and prune cached teacher outputs (`compress cache`)."""
+"""List cached teacher outputs and prune the cache (`compress cache`)."""
 
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ..data.views import FIRST_LISTED
 from ..errors import UsageError
 from ..runs import record
-from ..runs.cache import Cache, discard
+from ..runs.cache import CHECKSUMS, Cache, discard
 from ..runs.hashes import digest
 from ..training.teacher_cache import ABOUT, KIND
 
@@ -72,7 +72,7 @@ def list_cache(cache: Path | None = None) -> tuple[list[CachedOutputs], int]:
     """Return the cached teacher outputs, last used first, and the number of unreadable entries."""
     groups: dict[str, list[tuple[_About, int, float]]] = defaultdict(list)
     unreadable = 0
-    for folder, used, size in _entries(outputs_folder(cache)):
+    for folder, used, size in _entries(outputs_folder(cache).glob("*")):
         try:
             about = _About.model_validate(record.read_json(folder / ABOUT))
         except (OSError, ValueError):
@@ -102,8 +102,11 @@ def _summarize(group: list[tuple[_About, int, float]]) -> CachedOutputs:
 
 
 def prune_cache(keep: int, cache: Path | None = None) -> Pruned:
-    """Remove the least recently used teacher outputs until at most ``keep`` bytes are left."""
-    entries = sorted(_entries(outputs_folder(cache)), key=lambda entry: (entry[1], entry[0].name))
+    """Remove the least recently used entries until at most ``keep`` bytes are left.
+
+    Entries are teacher outputs, decoded images, trained and exported teachers, and vocabularies.
+    """
+    entries = sorted(_all_entries(cache), key=lambda entry: (entry[1], entry[0].name))
     total = left = sum(size for *_, size in entries)
     removed = in_use = 0
     for folder, _, size in entries:
@@ -116,20 +119,30 @@ def prune_cache(keep: int, cache: Path | None = None) -> Pruned:
     return Pruned(len(entries), removed, in_use, total - left, left)
 
 
+def measure_cache(cache: Path | None = None) -> int:
+    """Return the bytes of all entries."""
+    return sum(size for *_, size in _all_entries(cache))
+
+
 def outputs_folder(cache: Path | None = None) -> Path:
     """Return the folder of cached teacher outputs."""
     return Cache(cache).root / KIND
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, float, int]]:
+def _all_entries(cache: Path | None) -> Iterator[tuple[Path, float, int]]:
+    # A folder without checksums is not an entry, even if --cache names a folder that holds other files.
+    return _entries(file.parent for file in Cache(cache).root.glob(f"*/*/{CHECKSUMS}"))
+
+
+def _entries(folders: Iterable[Path]) -> Iterator[tuple[Path, float, int]]:
     """Yield the folder, last use (seconds since 1970) and bytes of each entry."""
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for entry in sorted(folders):
         if entry.name.startswith(".") or not entry.is_dir():
             continue  # being written or removed
         try:
             size = sum(file.stat().st_size for file in entry.iterdir())
-            about = entry / ABOUT
-            used = (about if about.exists() else entry).stat().st_mtime
+            checksums = entry / CHECKSUMS
+            used = (checksums if checksums.exists() else entry).stat().st_mtime
         except OSError:
             continue  # another process has just removed it
         yield entry, used, size

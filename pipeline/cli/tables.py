@@ -53,8 +53,8 @@ def print_models(models: Mapping[str, "Entry | str | None"]) -> None:
     console.print(table)
 
 
-def print_cache(outputs: Sequence["CachedOutputs"], unreadable: int, root: Path) -> None:
-    """Print cached teacher outputs and their total size."""
+def print_cache(outputs: Sequence["CachedOutputs"], unreadable: int, root: Path, size: int) -> None:
+    """Print cached teacher outputs, their total size, and the ``size`` of the whole cache in bytes."""
     console = safe_console(highlight=False)
     if not outputs:
         console.print(Text(f"There are no cached teacher outputs in {root}."))
@@ -77,6 +77,8 @@ def print_cache(outputs: Sequence["CachedOutputs"], unreadable: int, root: Path)
         console.print(table)
         total = format.megabytes(sum(row.bytes for row in outputs))
         console.print(Text(f"{total} in total, in {root}"), style="dim", soft_wrap=True)
+    whole = f"{format.megabytes(size)} with decoded images, teachers and vocabularies, in {root.parent}"
+    console.print(Text(whole), style="dim", soft_wrap=True)
     if unreadable:
         entries = format.plural(unreadable, "entry", "entries")
         console.print(Text(f"{entries} cannot be read and will be replaced."), soft_wrap=True)

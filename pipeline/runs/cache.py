@@ -64,6 +64,8 @@ class Cache:
             _log.warning("The cache entry %s %s. It is removed and made again.", folder, damage)
             discard(folder)
             return None
+        with suppress(OSError):  # a read-only cache
+            (folder / CHECKSUMS).touch()  # last use, for `compress cache prune`
         return folder
 
     def has(self, kind: str, key: str) -> bool:

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,8 +302,6 @@ def write_about(folder: Path, output: CachedOutput, about: Mapping[str, Any]) ->
 
 def map_arrays(folder: Path, output: CachedOutput) -> dict[str, np.ndarray]:
     """Memory-map the arrays of an entry."""
-    with suppress(OSError):  # a read-only cache
-        (folder / ABOUT).touch()  # last use, for `compress cache prune`
     try:
         # Copy on write, since torch has no read-only tensors.
         return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in output.arrays}

@@ -193,7 +193,8 @@ def test_list_shows_cached_outputs(first: Path):
     assert by_readout["map"]["top"] == top
     assert by_readout["map"]["lost_mass"] == pytest.approx(run["teacher_cache"]["lost_mass"], rel=1e-6)
     plain = wide("cache", "list", "--cache", first / "cache").stdout.splitlines()
-    assert len(plain) == 4 and plain[0].startswith("teacher") and little.TEACHER in plain[1]
+    assert len(plain) == 5 and plain[0].startswith("teacher") and little.TEACHER in plain[1]
+    assert "with decoded images, teachers and vocabularies" in plain[-1]
 
 
 def test_empty_cache_is_reported(tmp_path: Path):
@@ -202,23 +203,31 @@ def test_empty_cache_is_reported(tmp_path: Path):
 
 
 def test_prune_removes_the_least_recently_used(copied: Path):
-    folders = entries(copied / "cache")
-    for age, folder in enumerate(
-        [folders["map", 1], folders["logits", 0], folders["map", 0], folders["logits", 1]]
-    ):
-        os.utime(folder / "about.json", (1e9 - age, 1e9 - age))
-    sizes = {at: sum(file.stat().st_size for file in folder.iterdir()) for at, folder in folders.items()}
-    keep = sizes["map", 1] + sizes["logits", 0]
-    stdout = wide("cache", "prune", "--keep", str(keep), "--cache", copied / "cache").stdout
-    assert set(entries(copied / "cache")) == {("map", 1), ("logits", 0)}
-    assert stdout.startswith("Removed 2 of 4 entries (")
-    assert wide("cache", "prune", "--keep", "1GB", "--cache", copied / "cache").stdout.startswith(
-        "Removed 0 of 2"
-    )
-    assert wide("cache", "prune", "--keep", "0", "--cache", copied / "cache").stdout.startswith(
-        "Removed 2 of 2"
-    )
-    assert list((copied / "cache" / "teacher-outputs").iterdir()) == []
+    cache = copied / "cache"
+    checksums, recent = list(cache.glob("*/*/sha256.json")), [("map", 1), ("logits", 0)]
+    assert {file.parent.parent.name for file in checksums} > {"images", "teachers", "teacher-outputs"}
+    for file in checksums:
+        os.utime(file, (1e8, 1e8))
+    folders = entries(cache)
+    for output in recent:
+        os.utime(folders[output] / "sha256.json", (1e9, 1e9))
+    keep = sum(file.stat().st_size for output in recent for file in folders[output].iterdir())
+    other = cache / "not" / "ours"
+    other.mkdir(parents=True)
+    (other / "photo.jpg").write_bytes(b"1")
+    stdout = wide("cache", "prune", "--keep", str(keep), "--cache", cache).stdout
+    assert set(entries(cache)) == set(recent)
+    assert stdout.startswith(f"Removed {len(checksums) - 2} of {len(checksums)} entries (")
+    assert wide("cache", "prune", "--keep", "1GB", "--cache", cache).stdout.startswith("Removed 0 of 2")
+    assert wide("cache", "prune", "--keep", "0", "--cache", cache).stdout.startswith("Removed 2 of 2")
+    assert not list(cache.glob("*/*/sha256.json")) and (other / "photo.jpg").exists()
+
+
+def test_reading_an_entry_is_a_use_of_it(tmp_path: Path):
+    cache = Cache(tmp_path)
+    folder = cache.put("images", "key", lambda folder: (folder / "a").touch())
+    os.utime(folder / "sha256.json", (1e9, 1e9))
+    assert cache.get("images", "key") == folder and (folder / "sha256.json").stat().st_mtime > 1e9
 
 
 @pytest.mark.parametrize(
