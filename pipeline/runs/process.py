@@ -6,7 +6,6 @@ its position in the epoch. A second request is not deferred.
 """
 
 import ctypes
-import gc
 import math
 import os
 import platform
@@ -167,7 +166,6 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Return memory that glibc has kept to the system, at the end of a stage."""
     if platform.libc_ver()[0] == "glibc":
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
 
 
