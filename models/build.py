@@ -277,10 +277,7 @@ def build(
 
 
 def check_size(name: str, image_size: Size) -> None:
-    """Raise ModelError, with the nearest sizes that fit, if the network does not support an image size.
-
-    Runs on torch's meta device: no memory, no weights, a fraction of a second.
-    """
+    """Raise ModelError, with the nearest sizes that fit, if the network does not support an image size."""
     from timm.layers import to_2tuple
 
     full = resolve(name)
@@ -406,7 +403,7 @@ def fits_bf16(name: str, image_size: Size) -> bool:
 
 @lru_cache(maxsize=64)
 def _run_shapes(full: str, image_size: Size) -> bool:
-    """Run a network on meta; return True if a strided convolution reads one row or column."""
+    """Run a network without weights on meta; return True if a strided convolution reads a row or column."""
     import torch
     from timm.layers import to_2tuple
 
