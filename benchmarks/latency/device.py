@@ -66,12 +66,16 @@ def main() -> None:
     rows = []
     for run in options.runs:
         artifact, turns = run / "artifact", []
-        while len(turns) < options.times:
+        for _ in range(options.times):
             with tempfile.TemporaryDirectory() as folder:
                 device = measure_on_device(artifact, Path(folder), options.seconds)
                 here = measure_here(artifact, list(device), Path(folder), options.seconds)
             if device.keys() == here.keys():  # compress bench reports no disturbed median
                 turns.append([[device[name], here[name]] for name in device])
+        if len(turns) < 2:
+            raise SystemExit(
+                f"{run}: {len(turns)} of {options.times} turns were undisturbed. Use a free machine."
+            )
         times = np.array(turns)  # [turns, files, 2]
         ratios = times[..., 0] / times[..., 1]
         for index, name in enumerate(device):
