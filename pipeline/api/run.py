@@ -225,7 +225,7 @@ def _run_stages(
             _run_stage(context.for_stage(stage, key), data)
             process.return_freed_memory()
             if ranks.is_main:
-                context.write_report()
+                write(folder)
     return write(folder) if ranks.is_main else assemble(folder)
 
 

@@ -35,7 +35,7 @@ def list_command(cache: Path | None, as_json: bool) -> None:
 @cache_option
 def prune(keep: str, cache: Path | None) -> None:
     """Remove the least recently used entries until at most SIZE is left."""
-    from ..api.cache import parse_size, prune_cache
+    from ..api.cache import outputs_folder, parse_size, prune_cache
     from ..report.format import megabytes
 
     pruned = exit_on_error(lambda: prune_cache(parse_size(keep), cache))
@@ -45,5 +45,6 @@ def prune(keep: str, cache: Path | None) -> None:
     )
     if pruned.in_use:
         click.echo(
-            f"{pruned.in_use:,} entries could not be removed: they are in use, or the folder is not writable."
+            f"{pruned.in_use:,} entries could not be removed: they are in use, or the cache "
+            f"{outputs_folder(cache).parent} is not writable."
         )
