@@ -134,7 +134,7 @@ METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "moving-average": (CalibrationMethod.MinMax, {"moving_average": True, "averaging_constant": 0.05}),
     "entropy": (CalibrationMethod.Entropy, {}),
 }
-"""In the search's order. ONNX Runtime's Distribution is left out, as its ranges are unusable (−0.8 dB SQNR)."""
+"""In the search's order. ONNX Runtime's Distribution is left out: its ranges are unusable (−0.8 dB SQNR)."""
 
 CHUNK = 8
 """Images per run: histograms hold all activations of a chunk in memory."""
