@@ -229,7 +229,7 @@ def run_bench(
                 model.infer(model.to_input(pixels[:1]))
                 milliseconds.append(1000 * (time.perf_counter() - start))
             loads.append(float(np.median(milliseconds)))
-            runs.append(Timing(model.infer, [model.to_input(image[None]) for image in pixels]))
+            runs.append(Timing(model.run, [model.to_input(image[None]) for image in pixels]))
             ends.append(Timing(model.detect if isinstance(model, Detector) else model.predict, photos))
         time_together(runs, seconds)
         time_together(ends, END_TO_END * seconds)
