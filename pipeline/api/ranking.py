@@ -119,6 +119,8 @@ def choose_winner(
 ) -> Search:
     """Add the run that ships: the most accurate one within the budget, or a faster one that is not worse.
 
+    With ``min_accuracy`` it is the fastest one of that accuracy, if there is one.
+
     Accuracy is that of the trained networks on val images, or of the shipped files on test images if a run
     has fewer than ``MIN_VAL_IMAGES``. A run is not worse if it does not differ significantly from the most
     accurate one, without a correction for the number of runs: that would let worse ones ship.
@@ -137,7 +139,14 @@ def choose_winner(
     stored = val_predictions if by_val else predictions
     differences = {s.run: _correct_alone(_compare(s, scores[0], stored)) for s in scores[1:]}
     timed = {run.name: _as_timed(run) for run in allowed}
-    tied = [timed[s.run] for s in scores if s is scores[0] or differences[s.run].within_noise]
+    least = search.min_accuracy
+    if least is None:
+        good = [s for s in scores if s is scores[0] or differences[s.run].within_noise]
+    else:
+        good = [s for s in scores if s.score.percent >= least]
+    if not good:
+        return search
+    tied = [timed[s.run] for s in good]
     best = tied[0]
     here = [machine for machine in group_by_machine(tied) if best.name in machine.runs]
     compared = [run for run in tied if here and run.name in here[0].runs] or [best]
@@ -149,7 +158,7 @@ def choose_winner(
     assert chosen.ships is not None
     winner = Winner(
         run=chosen.name,
-        reason="most accurate" if chosen is best else "faster",
+        reason="fastest" if least is not None else "most accurate" if chosen is best else "faster",
         difference=differences.get(chosen.name),
         split="val" if by_val else "test",
         n=scores[0].score.n,

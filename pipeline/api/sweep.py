@@ -50,6 +50,7 @@ def sweep(
     student_sizes: Sequence[Any] = (),
     methods: Sequence[str] = (),
     max_latency: str | float | None = None,
+    min_accuracy: float | None = None,
     keep: int | None = None,
     **options: Any,
 ) -> Comparison:
@@ -63,6 +64,8 @@ def sweep(
         methods: distillation methods, sums, or ``none``; the option ``method`` by default.
         max_latency: milliseconds, also as ``5ms``. Students over it are not trained: the median latency of
             one image here on one thread, with random weights, as fp32 or int8 file, whichever is faster.
+        min_accuracy: percent, also of mAP or AP. The fastest student of that accuracy ships, instead of the
+            most accurate one.
         keep: number of runs to train fully, chosen by successive halving on val images; all by default.
         options: options of ``compress``. ``out`` is the folder of the run folders.
 
@@ -77,6 +80,8 @@ def sweep(
     budget = None if max_latency is None else _parse_latency(max_latency)
     if keep is not None and keep < 1:
         raise UsageError(f"--keep must be at least 1, got {keep}.")
+    if min_accuracy is not None and not 0 < min_accuracy <= 100:
+        raise UsageError(f"--min-accuracy must be above 0 and up to 100 %, got {min_accuracy:g}.")
     if methods:
         if options.get("method"):
             raise UsageError("--method and --methods cannot be used together. Remove --method.")
@@ -127,7 +132,7 @@ def sweep(
         f"{student.replace('/', '-')}{'' if size is None else f'-{show_size(size)}'}": (student, size)
         for student, size in product(students, sizes or (None,))
     }
-    search = Search(max_latency=budget)
+    search = Search(max_latency=budget, min_accuracy=min_accuracy)
     if budget is not None:
         check_outside_data(chosen.data, {"--out": out})
         specs = {

@@ -85,6 +85,12 @@ run.params += [*run_options(), import_option]
     help="train only students with this median latency here, such as 5ms: int8 or fp32, one thread",
 )
 @click.option(
+    "--min-accuracy",
+    metavar="PERCENT",
+    type=float,
+    help="ship the fastest student with this accuracy, mAP or AP [default: the most accurate one]",
+)
+@click.option(
     "--keep",
     metavar="N",
     type=int,
@@ -95,6 +101,7 @@ def sweep(
     student_sizes: str | None,
     methods: str | None,
     max_latency: str | None,
+    min_accuracy: float | None,
     keep: int | None,
     **options: Any,
 ) -> None:
@@ -113,6 +120,7 @@ def sweep(
             methods=[name.strip() for name in methods.split(",")] if methods else [],
             student_sizes=student_sizes.split(",") if student_sizes else [],
             max_latency=max_latency,
+            min_accuracy=min_accuracy,
             keep=keep,
             **select_given(options),
         ),

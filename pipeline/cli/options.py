@@ -36,7 +36,8 @@ def get_heading(name: str) -> str:
     """Return the heading of a command's option."""
     if name in Options.model_fields:
         return get_group(name)
-    is_first = name in ("modules", "students", "student_sizes", "methods", "max_latency", "keep")
+    sweeps = "students", "student_sizes", "methods", "max_latency", "min_accuracy", "keep"
+    is_first = name in ("modules", *sweeps)
     return GROUPS[0] if is_first else GROUPS[-1]
 
 

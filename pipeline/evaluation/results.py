@@ -241,8 +241,8 @@ class Winner(Result):
     """The student of a sweep that ships."""
 
     run: str
-    reason: Literal["most accurate", "faster"]
-    """Faster: not significantly less accurate than the most accurate one."""
+    reason: Literal["most accurate", "faster", "fastest"]
+    """Faster: not significantly less accurate than the most accurate one. Fastest: of ``min_accuracy``."""
     difference: AccuracyDifference | None = None
     """To the most accurate run within the budget, unless it is this one."""
     split: Literal["val", "test"] = "val"
@@ -258,6 +258,8 @@ class Search(Result):
 
     max_latency: float | None = None
     """The budget in milliseconds."""
+    min_accuracy: float | None = None
+    """Least accuracy, mAP or AP in percent of the student that ships."""
     latencies: list[UntrainedLatency] = []
     """Empty without a budget."""
     over: list[str] = []
@@ -265,7 +267,7 @@ class Search(Result):
     trials: list[Trial] = []
     """In the order in which they were compared; in ``search.json`` after those of earlier commands."""
     winner: Winner | None = None
-    """None if no shipped file was measured within the budget."""
+    """None if no shipped file was measured within the budget, or none has the least accuracy."""
 
 
 class Comparison(Result):

@@ -104,9 +104,14 @@ def _search_section(comparison: Comparison, search: Search) -> Section:
 def describe_search(comparison: Comparison, search: Search) -> list[str]:
     """Return which student ships and why, and which candidates were dropped."""
     budget = "" if search.max_latency is None else f" within {format.milliseconds(search.max_latency)}"
+    least = "" if search.min_accuracy is None else f" of at least {search.min_accuracy:g} %"
     sentences = []
     if search.winner is None:
-        sentences.append(f"No student ships: no exported file was measured{budget}.")
+        sentences.append(f"No student ships: no exported file{least} was measured{budget}.")
+        scores = {run.name: file.score for run in comparison.runs if (file := run.ships) and file.score}
+        nearest = sorted(scores, key=lambda name: -scores[name].percent)[:3]
+        names = ", ".join(f"{name} {format.score(scores[name])}" for name in nearest)
+        sentences += [f"The nearest on test images: {names}."] if least and nearest else []
     else:
         winner = search.winner
         file = comparison.run(winner.run).ships
@@ -114,7 +119,9 @@ def describe_search(comparison: Comparison, search: Search) -> list[str]:
         latency = "" if file.p50 is None else f", {format.milliseconds(file.p50)}"
         images = format.plural(winner.n, f"{winner.split} image")
         why = f"the most accurate{budget} on {images}"
-        if winner.difference is not None:
+        if winner.reason == "fastest":
+            why = f"the fastest{budget}{least} on {images}"
+        elif winner.difference is not None:
             difference = describe_difference(winner.difference, winner.n)
             why = f"faster and on {images} not worse than {winner.difference.best} ({difference})"
         score = f"{format.score(file.score)} on test images"
