@@ -114,6 +114,7 @@ def summarize_run(run: Run, threads: int | None) -> ComparedRun:
         name=run.name,
         source=str(run.path),
         method=report.method,
+        unlabeled=report.data.unlabeled if report.data else 0,
         teacher=join_names([network.name for network in report.teachers] or teachers),
         student=student.name if student is not None else str(report.config.get("student", "")),
         image_size=report.image_size,

@@ -134,6 +134,8 @@ class ComparedRun(Result):
     source: str
     """Path of the run folder or of its report.json, as given."""
     method: str
+    unlabeled: int = 0
+    """Number of images without labels that the student learned from."""
     teacher: str
     student: str
     image_size: Size

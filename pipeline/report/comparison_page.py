@@ -260,7 +260,7 @@ def _table(comparison: Comparison, group: Group) -> Table:
             against_best = f"{describe_difference(difference, group.n)}: {verdict}"
         shipped = run.ships or NO_FILE
         kind = shipped.kind if run.ships else format.MISSING
-        rows.append([run.name, run.method, kind, *_measures(shipped, group), against_best])
+        rows.append([run.name, _describe_method(run), kind, *_measures(shipped, group), against_best])
     columns = ["run", "method", "ships", score_name(comparison, group), "latency", "over teacher", "size"]
     return Table(_title(group), [*columns, "ECE", "vs. best"], rows, left=3, wide=True)
 
@@ -283,7 +283,7 @@ def _trainings(comparison: Comparison, group: Group) -> Table:
     rows = [
         [
             run.name,
-            run.method,
+            _describe_method(run),
             run.teacher,
             run.student,
             f"{show_size(run.image_size)} px",
@@ -296,6 +296,11 @@ def _trainings(comparison: Comparison, group: Group) -> Table:
     ]
     columns = ["run", "method", "teacher", "student", "image", "parameters", "training", "seed", "data"]
     return Table("Training", columns, rows, left=4, wide=True)
+
+
+def _describe_method(run: ComparedRun) -> str:
+    images = format.plural(run.unlabeled, "image")
+    return f"{run.method}, {images} without labels" if run.unlabeled else run.method
 
 
 def terminal_table(comparison: Comparison, group: Group) -> Table:

@@ -103,6 +103,21 @@ def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
         assert "McNemar" in page and "chi-squared" not in page
 
 
+def test_run_that_learned_from_images_without_labels_is_compared_with_one_that_did_not(
+    make: Made, tmp_path: Path
+) -> None:
+    data = reports.full().data
+    assert data is not None
+    make("with", 340, data=data.model_copy(update={"fingerprint": "5fd1c0a9", "unlabeled": 2760}))
+    make("without", 330)
+    comparison = compare(tmp_path / "runs", out=tmp_path / "out")
+    [group] = comparison.groups
+    assert group.runs == ["with", "without"]
+    assert all(
+        "quest, 2,760 images without labels" in page for page in render_comparison(comparison).values()
+    )
+
+
 def test_unpaired_runs_are_compared_by_proportions(make: Made, tmp_path: Path) -> None:
     make("best", 340, right=right(340, range(0)))
     make("worse", 329)
