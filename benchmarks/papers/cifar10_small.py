@@ -141,7 +141,9 @@ def teachers(options: argparse.Namespace, count: int) -> list[str]:
 def main() -> None:
     parser = protocol(__doc__, seeds="0,1")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated [default: all]")
+    parser.add_argument("--epochs", default="30", help="of each training [default: 30]")
     options = parser.parse_args()
+    training = [*TRAINING, "--epochs", options.epochs]
     chosen = [name.strip() for name in options.methods.split(",")]
     for name in chosen:
         if name not in METHODS:
@@ -149,13 +151,13 @@ def main() -> None:
     table = Table(
         options.out,
         [
-            Cell(PAIR, name, seed, [*teachers(options, TEACHERS.get(name, 1)), *TRAINING, *METHODS[name]])
+            Cell(PAIR, name, seed, [*teachers(options, TEACHERS.get(name, 1)), *training, *METHODS[name]])
             for seed in map(int, options.seeds.split(","))
             for name in chosen
         ],
     )
     columns = ["method", "top-1, %", "95 % interval", "against none", "images/s", "seeds"]
-    about = {"protocol": __doc__, "training": TRAINING}
+    about = {"protocol": __doc__, "training": training}
     run_and_write(table, options.budget, about, lambda: markdown(columns, rows(table, chosen)))
 
 
