@@ -299,8 +299,7 @@ def _trainings(comparison: Comparison, group: Group) -> Table:
 
 
 def _describe_method(run: ComparedRun) -> str:
-    images = format.plural(run.unlabeled, "image")
-    return f"{run.method}, {images} without labels" if run.unlabeled else run.method
+    return f"{run.method}, {run.unlabeled:,} unlabeled" if run.unlabeled else run.method
 
 
 def terminal_table(comparison: Comparison, group: Group) -> Table:

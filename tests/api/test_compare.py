@@ -113,9 +113,7 @@ def test_run_that_learned_from_images_without_labels_is_compared_with_one_that_d
     comparison = compare(tmp_path / "runs", out=tmp_path / "out")
     [group] = comparison.groups
     assert group.runs == ["with", "without"]
-    assert all(
-        "quest, 2,760 images without labels" in page for page in render_comparison(comparison).values()
-    )
+    assert all("quest, 2,760 unlabeled" in page for page in render_comparison(comparison).values())
 
 
 def test_unpaired_runs_are_compared_by_proportions(make: Made, tmp_path: Path) -> None:
