@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--cells", default=";".join(CELLS), help="separated by semicolons [default: all]")
     options = parser.parse_args()
     common = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
-    common += [*TRAINING, *QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]
+    common += [*TRAINING, "--epochs", options.epochs]
+    common += [*QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]
     chosen = [name for name in CELLS if name in options.cells.split(";")]
     table = Table(
         options.out,

@@ -55,10 +55,7 @@ METHODS = {
     },
     "quest ×30 + sdd": ["--method", "quest+sdd", *QUEST[2:], *SDD, "--weight", "quest=30"],
     # What the number of words changes.
-    **{
-        f"quest {k} words (12 epochs)": [*QUEST[:2], "--set", f"quest.words={k}", "--epochs", "12"]
-        for k in (256, 1024, 4096)
-    },
+    **{f"quest {k} words": [*QUEST[:2], "--set", f"quest.words={k}"] for k in (256, 1024, 4096)},
     **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
     # Ten views of each image: the maps of several teachers are large, and computing them again is slow.
     "feed": [*FEED],
@@ -79,7 +76,7 @@ TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}
 """Number of teachers of a method; the others have only the first."""
 
 TRAINING = [
-    "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32", "--epochs", "30",
+    "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32",
     "--batch-size", "128", "--optimizer", "sgd", "--lr", "0.1", "--schedule", "cosine",
     "--warmup-epochs", "1", "--weight-decay", "0.0005", "--decay-all", "--val-fraction", "0",
     "--crop", "pad", "--pad", "4", "--flip", "--balance", "off",
@@ -114,6 +111,7 @@ def protocol(about: str | None, seeds: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", default=seeds, help=f"comma-separated [default: {seeds}]")
+    parser.add_argument("--epochs", default="30", help="of each training [default: 30]")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command resumes")
     return parser
 
@@ -141,7 +139,6 @@ def teachers(options: argparse.Namespace, count: int) -> list[str]:
 def main() -> None:
     parser = protocol(__doc__, seeds="0,1")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated [default: all]")
-    parser.add_argument("--epochs", default="30", help="of each training [default: 30]")
     options = parser.parse_args()
     training = [*TRAINING, "--epochs", options.epochs]
     chosen = [name.strip() for name in options.methods.split(",")]
