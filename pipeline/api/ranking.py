@@ -158,7 +158,7 @@ def choose_winner(
     assert chosen.ships is not None
     winner = Winner(
         run=chosen.name,
-        reason="fastest" if least is not None else "most accurate" if chosen is best else "faster",
+        reason="fastest" if here and least is not None else "most accurate" if chosen is best else "faster",
         difference=differences.get(chosen.name),
         split="val" if by_val else "test",
         n=scores[0].score.n,

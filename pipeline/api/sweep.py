@@ -80,8 +80,8 @@ def sweep(
     budget = None if max_latency is None else _parse_latency(max_latency)
     if keep is not None and keep < 1:
         raise UsageError(f"--keep must be at least 1, got {keep}.")
-    if min_accuracy is not None and not 0 < min_accuracy <= 100:
-        raise UsageError(f"--min-accuracy must be above 0 and up to 100 %, got {min_accuracy:g}.")
+    if min_accuracy is not None and not 1 <= min_accuracy <= 100:
+        raise UsageError(f"--min-accuracy must be 1 to 100 percent, such as 95, got {min_accuracy:g}.")
     if methods:
         if options.get("method"):
             raise UsageError("--method and --methods cannot be used together. Remove --method.")

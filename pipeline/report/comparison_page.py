@@ -104,14 +104,10 @@ def _search_section(comparison: Comparison, search: Search) -> Section:
 def describe_search(comparison: Comparison, search: Search) -> list[str]:
     """Return which student ships and why, and which candidates were dropped."""
     budget = "" if search.max_latency is None else f" within {format.milliseconds(search.max_latency)}"
-    least = "" if search.min_accuracy is None else f" of at least {search.min_accuracy:g} %"
+    least = "" if search.min_accuracy is None else f" with at least {search.min_accuracy:g} %"
     sentences = []
     if search.winner is None:
         sentences.append(f"No student ships: no exported file{least} was measured{budget}.")
-        scores = {run.name: file.score for run in comparison.runs if (file := run.ships) and file.score}
-        nearest = sorted(scores, key=lambda name: -scores[name].percent)[:3]
-        names = ", ".join(f"{name} {format.score(scores[name])}" for name in nearest)
-        sentences += [f"The nearest on test images: {names}."] if least and nearest else []
     else:
         winner = search.winner
         file = comparison.run(winner.run).ships

@@ -103,9 +103,7 @@ def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
         assert "McNemar" in page and "chi-squared" not in page
 
 
-def test_run_that_learned_from_images_without_labels_is_compared_with_one_that_did_not(
-    make: Made, tmp_path: Path
-) -> None:
+def test_number_of_unlabeled_images_is_shown(make: Made, tmp_path: Path) -> None:
     data = reports.full().data
     assert data is not None
     make("with", 340, data=data.model_copy(update={"fingerprint": "5fd1c0a9", "unlabeled": 2760}))

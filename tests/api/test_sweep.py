@@ -96,7 +96,7 @@ def test_each_method_is_a_run_of_the_same_teacher(
         (("--keep", "0"), ("--keep must be at least 1, got 0",)),
         (("--max-latency", "fast"), ("--max-latency must be milliseconds", "such as 5ms, got fast")),
         (("--max-latency", "nan"), ("got nan",)),
-        (("--min-accuracy", "0"), ("--min-accuracy must be above 0 and up to 100 %, got 0.",)),
+        (("--min-accuracy", "0.95"), ("--min-accuracy must be 1 to 100 percent", "got 0.95")),
         (("--students", "auto", "--max-latency", "5ms"), ("--students auto and --student", "Remove")),
     ],
 )
@@ -203,16 +203,20 @@ def test_faster_student_ships_unless_it_is_worse(
     ("least", "budget", "winner"),
     [(60.0, None, "c"), (90.0, None, "b"), (94.05, None, "a"), (90.0, 1.5, None), (95.0, None, None)],
 )
-def test_fastest_student_of_the_least_accuracy_ships(
-    least: float, budget: float | None, winner: str | None
-) -> None:
+def test_fastest_accurate_student_ships(least: float, budget: float | None, winner: str | None) -> None:
     runs = [candidate("a", 350, 4.0), candidate("b", 349, 2.0), candidate("c", 250, 1.0)]
     compared = comparisons.comparison().model_copy(update={"runs": runs})
     search = choose_winner(Search(max_latency=budget, min_accuracy=least), runs, {}, {})
     text = " ".join(describe_search(compared, search))
     assert (search.winner and search.winner.run) == winner
-    assert f" of at least {least:g} %" in text
-    assert ("The nearest on test images: a 94.1 % (91.2–96.1 %), b" in text) == (winner is None)
+    assert f" with at least {least:g} %" in text
+    assert ("No student ships: no exported file" in text) == (winner is None)
+
+
+def test_untimed_student_does_not_ship_as_the_fastest() -> None:
+    runs = [candidate("a", 350, None).model_copy(update={"fp32": None}), candidate("b", 349, 2.0)]
+    winner = choose_winner(Search(min_accuracy=90.0), runs, {}, {}).winner
+    assert winner is not None and (winner.run, winner.reason) == ("a", "most accurate")
 
 
 def right(correct: int) -> Predictions:
