@@ -189,9 +189,9 @@ class RunFolder:
             self.save()
 
     def key(self, stage: str, config: Mapping[str, Any]) -> str:
-        """Return the hash of a stage's options and of the outputs of the stage before it."""
-        index = self.stages.index(stage)
-        previous = self.record.stages.get(self.stages[index - 1]) if index else None
+        """Return the hash of a stage's options and of the outputs of the stage whose results it reads."""
+        earlier = ["", *self.stages][self.stages.index(stage)]
+        previous = self.record.stages.get("student" if stage == BASELINE else earlier)
         upstream = {"key": previous.key, "outputs": previous.outputs} if previous else None
         content = {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
         return digest(content)
@@ -227,7 +227,10 @@ class RunFolder:
         outputs = {file.relative_to(self.path).as_posix(): sha256(file) for file in files}
         before = stages.get(stage)
         valid = before is not None and (before.key, before.outputs) == (key, outputs)
-        for later in self.stages[self.stages.index(stage) + 1 :]:
+        index = self.stages.index(stage)
+        for later in self.stages[index + 1 :]:
+            if later == BASELINE and "student" in self.stages[:index]:
+                continue  # an export does not change it
             valid = valid and later in stages and self._is_unchanged(stages[later])
             if not valid:
                 stages.pop(later, None)

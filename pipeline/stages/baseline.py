@@ -1,7 +1,7 @@
 """baseline: train the student without the teacher, and measure what the teacher brought on the test images.
 
-Both are the fp32 weights before export. Weights, order and views of the images, and all options of training
-are those of the first round's student.
+Both are the fp32 weights before export. Initial weights, order of the images and all options of training are
+those of the first round's student; views are new in every epoch, as with ``--method none``.
 """
 
 from collections.abc import Mapping

@@ -28,6 +28,8 @@ def test_baseline_is_the_run_without_a_teacher_and_is_added_to_a_finished_run(
     assert baseline["low"] <= baseline["points"] <= baseline["high"]
     assert "the teacher brought" in (a_run / "report.html").read_text()
     assert {epoch["stage"] for epoch in whole["epochs"]} >= {"student", "baseline"}
+    exported = little.check_success(job(data, a_run, cache, "--baseline", "--bench-seconds", "0.02"))
+    assert exported.stderr.count("(kept)") == len(before) - 1, "all but bench and report"
 
 
 def test_paired_interval_covers_the_difference() -> None:
