@@ -1,6 +1,7 @@
 """Rank compared runs: tests of accuracy, latency on each machine, and the student of a sweep that ships."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Literal, NamedTuple
 
 from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
@@ -119,7 +120,8 @@ def choose_winner(
 ) -> Search:
     """Add the run that ships: the most accurate one within the budget, or a faster one that is not worse.
 
-    With ``min_accuracy`` it is the fastest one of that accuracy, if there is one.
+    With ``min_accuracy`` it is the fastest one of that accuracy, if there is one. For mAP and AP, whose
+    differences have no test here, it is the most accurate one otherwise.
 
     Accuracy is that of the trained networks on val images, or of the shipped files on test images if a run
     has fewer than ``MIN_VAL_IMAGES``. A run is not worse if it does not differ significantly from the most
@@ -141,24 +143,27 @@ def choose_winner(
     timed = {run.name: _as_timed(run) for run in allowed}
     least = search.min_accuracy
     if least is None:
-        good = [s for s in scores if s is scores[0] or differences[s.run].within_noise]
+        tested = {name: d.within_noise for name, d in differences.items() if d.p is not None}
+        good = [s for s in scores if s is scores[0] or tested.get(s.run)]
     else:
         good = [s for s in scores if s.score.percent >= least]
     if not good:
         return search
     tied = [timed[s.run] for s in good]
     best = tied[0]
-    here = [machine for machine in group_by_machine(tied) if best.name in machine.runs]
-    compared = [run for run in tied if here and run.name in here[0].runs] or [best]
-    fastest = next((run for run in compared if here and run.name == here[0].runs[0]), best)
+    slowest = _median(best)
+    compared = [run for run in tied if run.machine == best.machine and _median(run) <= slowest < inf]
+    fastest = min(compared, key=_median, default=best)
     # Of those that are as fast, the most accurate one.
-    chosen = next(
-        run for run in compared if run is fastest or _compare_latency(run, fastest) == "no difference"
-    )
+    as_fast = (run for run in compared if _compare_latency(run, fastest) == "no difference")
+    chosen = next(as_fast, fastest)
     assert chosen.ships is not None
+    reason: Literal["most accurate", "faster", "fastest"] = "most accurate" if chosen is best else "faster"
+    if compared and least is not None:
+        reason = "fastest"
     winner = Winner(
         run=chosen.name,
-        reason="fastest" if here and least is not None else "most accurate" if chosen is best else "faster",
+        reason=reason,
         difference=differences.get(chosen.name),
         split="val" if by_val else "test",
         n=scores[0].score.n,
@@ -168,19 +173,22 @@ def choose_winner(
 
 
 def _as_timed(run: ComparedRun) -> ComparedRun:
-    """Return a run with the fp32 file only if its int8 file was not timed, as one for another processor."""
-    is_untimed = run.int8 is not None and run.int8.p50 is None and run.fp32 is not None and run.fp32.p50
-    return run.model_copy(update={"int8": None}) if is_untimed else run
+    """Return a run with the fp32 file only if that is faster than int8, or int8 was not timed here."""
+    fp32 = run.model_copy(update={"int8": None})
+    return fp32 if _median(fp32) < _median(run) else run
+
+
+def _median(run: ComparedRun) -> float:
+    return (run.ships and run.ships.p50) or inf
 
 
 def _holds(run: ComparedRun, budget: float) -> bool:
     """Return True if a run is within the latency budget.
 
-    One whose int8 file cannot be timed here is within it, as its untrained files were.
+    One whose int8 file is made for another processor is within it, as its untrained files were.
     """
-    if _as_timed(run) is not run:
-        return True
-    return run.ships is not None and run.ships.p50 is not None and run.ships.p50 <= budget
+    is_elsewhere = run.int8 is not None and run.int8.p50 is None and run.fp32 is not None and run.fp32.p50
+    return bool(is_elsewhere) or _median(_as_timed(run)) <= budget
 
 
 def _correct_alone(difference: AccuracyDifference) -> AccuracyDifference:

@@ -9,6 +9,7 @@ With a latency budget, students over it are dropped before any training. With ``
 in ``trials``. ``search.json`` records both.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -23,7 +24,7 @@ from ...models.build import resolve as resolve_name
 from ...models.catalog import GOOD_STUDENTS
 from ..config.network import NetworkSpec
 from ..config.options import Options, get_flag, get_stage, parse_pairs, parse_size
-from ..errors import UsageError
+from ..errors import JobError, UsageError
 from ..evaluation.results import Comparison, Search, Trial, UntrainedLatency
 from ..evaluation.untrained import SECONDS, measure_untrained
 from ..methods import parse_methods
@@ -34,6 +35,8 @@ from ..runs.files import check_outside_data, check_writable, write_text
 from ..runs.folder import read_config
 from ..runs.record import RECORD
 from ..runs.results import Report
+from ..training.context import STUDENT
+from ..training.weights import check_weights
 from .compare import TEACHER, compare
 from .options import default_size, merge_config, read_options
 from .resolve import check_student_size, resolve
@@ -46,9 +49,9 @@ SINGLE_RUN_OPTIONS = ("student_size", "until", "dry_run")
 
 def sweep(
     *,
-    students: Sequence[str] = (),
+    students: str | Sequence[str] = (),
     student_sizes: Sequence[Any] = (),
-    methods: Sequence[str] = (),
+    methods: str | Sequence[str] = (),
     max_latency: str | float | None = None,
     min_accuracy: float | None = None,
     keep: int | None = None,
@@ -76,34 +79,35 @@ def sweep(
         UsageError: an option is wrong, or all students are over the latency budget.
         JobError: as for ``compress``.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    given_options = {name: value for name, value in options.items() if value is not None}
+    students, methods = ([x] if isinstance(x, str) else [*dict.fromkeys(x)] for x in (students, methods))
     budget = None if max_latency is None else _parse_latency(max_latency)
     if keep is not None and keep < 1:
         raise UsageError(f"--keep must be at least 1, got {keep}.")
     if min_accuracy is not None and not 1 <= min_accuracy <= 100:
         raise UsageError(f"--min-accuracy must be 1 to 100 percent, such as 95, got {min_accuracy:g}.")
-    if methods:
-        if options.get("method"):
-            raise UsageError("--method and --methods cannot be used together. Remove --method.")
-        _check_settings(options, methods)
-    options = merge_config(options)
+    for option, names in (("student", students), ("method", methods)):
+        if names and given_options.get(option):
+            raise UsageError(f"--{option} and --{option}s cannot be used together. Remove --{option}.")
+    if len(methods) > 1 and given_options.get("baseline"):
+        raise UsageError("--baseline would repeat for each of --methods. Add none to --methods instead.")
+    options = merge_config(given_options)
     options.pop("config", None)
     for name in SINGLE_RUN_OPTIONS:
         if options.get(name):
             raise UsageError(f"{get_flag(name)} applies to a single run. Remove it.")
     if not process.is_single_process():
         raise UsageError("compress sweep runs in a single process. Start it without torchrun.")
-    if [*students] == ["auto"]:
-        if "student" in options:
-            raise UsageError("--students auto and --student cannot be used together. Remove --student.")
+    if students == ["auto"]:
         if budget is None and keep is None:
             raise UsageError("--students auto requires --max-latency or --keep, such as --max-latency 5ms.")
-        students = GOOD_STUDENTS
+        students = [*GOOD_STUDENTS]
     if students:
         options["student"] = students[0]
     given = read_options(options)
-    chosen_methods: list[str | None] = [*dict.fromkeys(methods)] or [None]
-    students = list(dict.fromkeys(students)) or [given.student]
+    if methods:
+        _check_settings(given_options, methods)
+    students = students or [given.student]
     try:
         sizes = sorted({parse_size(size) for size in student_sizes}, key=height_width, reverse=True)
     except ValueError as error:
@@ -113,14 +117,26 @@ def sweep(
     if given.image_size is None:
         defaults = (default_size(given.data, student, given.teacher) for student in students)
         given.image_size = max([*sizes, *defaults], key=height_width)
+    options["image_size"] = given.image_size
     for size in sizes:
         check_student_size("--student-sizes", size, given.image_size)
         for student in students:
             check_size(student, size)
-    for method in reversed(chosen_methods):
-        checked = read_options(_select_options(options, method))
-        checked.image_size = given.image_size
-        chosen, images = resolve(checked)
+    sized = {
+        f"{re.sub('[/:]', '-', student)}{'' if size is None else f'-{show_size(size)}'}": (student, size)
+        for student, size in product(students, sizes or (None,))
+    }
+    runs: dict[str, dict[str, Any]] = {}
+    candidates: dict[str, str] = {}
+    chosen_options: dict[str, Options] = {}
+    for (candidate, (student, size)), method in product(sized.items(), methods or (None,)):
+        name = f"{candidate}{f'-{method}' if method else ''}"
+        runs[name] = {**_select_options(options, method), "student": student}
+        if size is not None:
+            runs[name]["student_size"] = size
+        candidates[name] = candidate
+        chosen_options[name], images = resolve(read_options(runs[name]))
+    chosen = next(iter(chosen_options.values()))
     if keep is not None and not images.val:
         raise UsageError("--keep requires val images. Hold some out with --val-fraction 0.1.")
     teachers = "-".join(dict.fromkeys(chosen.teacher))
@@ -128,37 +144,36 @@ def sweep(
     deadline = None if given.time_limit is None else time.monotonic() + given.time_limit
     display = Display(quiet=given.quiet, verbose=given.verbose)
 
-    sized = {
-        f"{student.replace('/', '-')}{'' if size is None else f'-{show_size(size)}'}": (student, size)
-        for student, size in product(students, sizes or (None,))
-    }
     search = Search(max_latency=budget, min_accuracy=min_accuracy)
     if budget is not None:
         check_outside_data(chosen.data, {"--out": out})
         specs = {
-            name: NetworkSpec(
-                resolve_name(student),
-                size or given.image_size,
+            candidates[name]: NetworkSpec(
+                resolve_name(o.student),
+                o.student_size or given.image_size,
                 len(images.classes),
                 "",
-                activation=chosen.activation,
-                resize=chosen.resize,
+                activation=o.activation,
+                resize=o.resize,
             )
-            for name, (student, size) in sized.items()
+            for name, o in chosen_options.items()
         }
         _drop_slow(search, specs, chosen, out / SEARCH, display)
+        runs = {name: values for name, values in runs.items() if candidates[name] not in search.over}
+    for name in runs:
+        if not (out / name / STUDENT).is_file():
+            check_weights(chosen_options[name], images, {"student"}, download=True)
 
     def run(folder: str, options: Mapping[str, Any], **more: Any) -> Report:
         display.print(f"Run {out / folder}")
         left = None if deadline is None else max(1.0, deadline - time.monotonic())
-        shared = {**options, "image_size": given.image_size, "time_limit": left}
-        return compress(**{**shared, **more, "out": out / folder})
+        return compress(**{**options, "time_limit": left, **more, "out": out / folder})
 
     # Without options of the student, so that students and methods can be added later.
     recorded = read_config(out / TEACHER) if (out / TEACHER / RECORD).is_file() else {}
-    student = recorded["student"] if recorded.get("student") in students else students[0]
+    student, method = recorded.get("student", students[0]), recorded.get("method", "none")
     teacher = {name: value for name, value in options.items() if get_stage(name) in (None, "teacher")}
-    method = recorded.get("method", "none")
+    teacher.pop("unlabeled", None)
     run(TEACHER, teacher, until="teacher", student=student, method=method, rounds=1)
     count = len(chosen.teacher)
     files = [f"{TEACHER}{'' if count == 1 else f'.{i}'}.safetensors" for i in range(count)]
@@ -170,44 +185,46 @@ def sweep(
         "teacher_weights": [str(out / TEACHER / file) for file in files],
         "teacher_head": [head if head == "none" else "keep" for head in chosen.teacher_head],
     }
-    runs = {
-        f"{name}{f'-{method}' if method else ''}": {
-            **_select_options(options, method),
-            **finished_teacher,
-            "student": student,
-            "student_size": size,
-        }
-        for (name, (student, size)), method in product(sized.items(), chosen_methods)
-        if name not in search.over
-    }
 
-    def try_out(name: str, divisor: int) -> Trial:
-        checked = read_options({key: value for key, value in runs[name].items() if value is not None})
-        checked.image_size = given.image_size
-        shorter = shorten(resolve(checked)[0], checked, divisor)
+    def run_student(name: str, folder: str, **more: Any) -> Report | None:
+        """Return the report of a run, or None if it fails: the other candidates are run all the same."""
+        try:
+            return run(folder, {**runs[name], **finished_teacher}, **more)
+        except Exception as error:
+            if getattr(error, "exit_code", None) != JobError.exit_code:
+                raise
+            display.warn(f"{name} failed: {error}")
+            search.failed[name] = str(error)
+            return None
+
+    def try_out(name: str, divisor: int) -> Trial | None:
+        shorter = shorten(chosen_options[name], read_options(runs[name]), divisor)
         folder = f"{TRIALS}/{shorter['epochs']}-epochs/{name}"
-        student = run(folder, runs[name], **shorter, until="student").student
-        assert student is not None and student.val_score is not None
-        score = student.val_score.model_copy(update={"classes": []})
+        report = run_student(name, folder, **shorter, until="student")
+        if report is None:
+            return None
+        assert report.student is not None and report.student.val_score is not None
+        score = report.student.val_score.model_copy(update={"classes": []})
         return Trial(run=name, epochs=shorter["epochs"], val_score=score, kept=False)
 
     kept = [*runs]
     if keep is not None:
         kept, search.trials = halve(kept, keep, try_out)
+    finished = [out / name for name in kept if run_student(name, name) is not None]
     record(out / SEARCH, search)
-    for name in kept:
-        run(name, runs[name])
-    return compare([out / name for name in kept], out=out / "comparison", search=search)
+    if not finished:
+        raise JobError(f"No student was trained. {'; '.join(map(': '.join, search.failed.items()))}")
+    return compare(finished, out=out / "comparison", search=search)
 
 
 def halve(
-    names: Sequence[str], keep: int, try_out: Callable[[str, int], Trial]
+    names: Sequence[str], keep: int, try_out: Callable[[str, int], Trial | None]
 ) -> tuple[list[str], list[Trial]]:
     """Drop the worse half by val accuracy after each of a few short trainings, until ``keep`` remain.
 
     Args:
         try_out: trains a candidate for the epochs of a full training divided by a number: 2 in the last
-            round, twice as much in each one before.
+            round, twice as much in each one before; returns None if that failed.
 
     Returns:
         The remaining names, and all trials, those of a round together, the best first.
@@ -216,7 +233,8 @@ def halve(
     while len(left) > keep:
         rounds = ceil(log2(len(left) / keep))
         # The sort is stable: of equal ones, the first one named.
-        ranked = sorted((try_out(name, 2**rounds) for name in left), key=lambda t: -t.val_score.percent)
+        tried = [trial for name in left if (trial := try_out(name, 2**rounds)) is not None]
+        ranked = sorted(tried, key=lambda trial: -trial.val_score.percent)
         count = max(keep, ceil(len(left) / 2))
         trials += [trial.model_copy(update={"kept": i < count}) for i, trial in enumerate(ranked)]
         better = {trial.run for trial in ranked[:count]}
@@ -236,7 +254,7 @@ def shorten(chosen: Options, given: Options, divisor: int) -> dict[str, Any]:
     if given.warmup_epochs is not None:
         shorter["warmup_epochs"] = given.warmup_epochs * part
     if given.milestones is not None:
-        shorter["milestones"] = [max(1, int(epoch * part)) for epoch in given.milestones]
+        shorter["milestones"] = sorted({max(1, int(epoch * part)) for epoch in given.milestones})
     if given.average_last is not None:
         shorter["average_last"] = max(1, int(given.average_last * part))
     return shorter
@@ -282,7 +300,8 @@ def _measure(
     setups = {
         name: f"{spec}, {chosen.input} input, opset {chosen.opset}, {here}" for name, spec in specs.items()
     }
-    stored = {measured.candidate: measured for measured in _read_record(file).latencies}
+    before = Search() if chosen.fresh else _read_record(file)
+    stored = {measured.candidate: measured for measured in before.latencies}
     missing = {
         name: spec for name, spec in specs.items() if name not in stored or stored[name].setup != setups[name]
     }
@@ -310,12 +329,10 @@ def _read_record(file: Path) -> Search:
 
 
 def record(file: Path, search: Search) -> None:
-    """Write how a sweep chose, with the latencies and trials of earlier commands."""
+    """Write how a sweep chose, with the latencies that earlier commands measured."""
     before = _read_record(file)
     latencies = {measured.candidate: measured for measured in (*before.latencies, *search.latencies)}
-    again = {(trial.run, trial.epochs) for trial in search.trials}
-    trials = [trial for trial in before.trials if (trial.run, trial.epochs) not in again] + search.trials
-    merged = search.model_copy(update={"latencies": [*latencies.values()], "trials": trials})
+    merged = search.model_copy(update={"latencies": [*latencies.values()]})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, merged.model_dump_json(indent=2) + "\n")
 
@@ -330,7 +347,7 @@ def _select_options(options: Mapping[str, Any], method: str | None) -> dict[str,
         if pairs := parse_pairs(options.get(name)):
             selected[name] = {key: value for key, value in pairs.items() if key.split(".")[0] in names}
     if method == "none":
-        for name in ("cache_views", "balance", "rounds"):
+        for name in ("cache_views", "balance", "rounds", "unlabeled", "unlabeled_ratio", "baseline"):
             selected.pop(name, None)
     if "quest" not in names:
         selected.pop("cache_top", None)

@@ -88,7 +88,7 @@ run.params += [*run_options(), import_option]
     "--min-accuracy",
     metavar="PERCENT",
     type=float,
-    help="ship the fastest student with this accuracy, mAP or AP [default: the most accurate one]",
+    help="ship the fastest student with this val accuracy, mAP or AP [default: the most accurate one]",
 )
 @click.option(
     "--keep",
@@ -127,6 +127,7 @@ def sweep(
         resumable=True,
     )
     _print(comparison, show_comparison, as_json=options["json_"])
+    sys.exit(1 if comparison.search and comparison.search.failed else 0)
 
 
 sweep.params += [option for option in run.params if option.name not in ("student_size", "until", "dry_run")]

@@ -252,7 +252,7 @@ class Winner(Result):
     n: int
     """Number of these images."""
     timed: Kind
-    """The file whose latency counted: fp32 if the int8 file is made for another processor."""
+    """The file whose latency counted: the faster one, or fp32 if int8 is made for another processor."""
 
 
 class Search(Result):
@@ -267,9 +267,11 @@ class Search(Result):
     over: list[str] = []
     """Candidates over the budget, which were not trained."""
     trials: list[Trial] = []
-    """In the order in which they were compared; in ``search.json`` after those of earlier commands."""
+    """In the order in which they were compared."""
+    failed: dict[str, str] = {}
+    """Error message by name of a run that failed."""
     winner: Winner | None = None
-    """None if no shipped file was measured within the budget, or none has the least accuracy."""
+    """None if no file was measured within the budget, or none has the least accuracy."""
 
 
 class Comparison(Result):

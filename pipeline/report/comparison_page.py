@@ -107,11 +107,14 @@ def describe_search(comparison: Comparison, search: Search) -> list[str]:
     least = "" if search.min_accuracy is None else f" with at least {search.min_accuracy:g} %"
     sentences = []
     if search.winner is None:
-        sentences.append(f"No student ships: no exported file{least} was measured{budget}.")
+        sentences.append(f"No student ships: none{least} was measured{budget}.")
     else:
         winner = search.winner
-        file = comparison.run(winner.run).ships
+        run = comparison.run(winner.run)
+        is_timed = run.ships is not None and run.ships.p50 is not None
+        file = run.fp32 if is_timed and winner.timed == "fp32" else run.ships
         assert file is not None and file.score is not None
+        budget = budget if is_timed else ""
         latency = "" if file.p50 is None else f", {format.milliseconds(file.p50)}"
         images = format.plural(winner.n, f"{winner.split} image")
         why = f"the most accurate{budget} on {images}"
@@ -138,6 +141,7 @@ def describe_search(comparison: Comparison, search: Search) -> list[str]:
             for trial in dropped
         )
         sentences.append(f"Dropped after a short training: {names}.")
+    sentences += [f"Failed: {name}: {error}" for name, error in search.failed.items()]
     return sentences
 
 
