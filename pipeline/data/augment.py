@@ -120,26 +120,18 @@ def _to_pixels(edges: Tensor, size: Size) -> Tensor:
     return (edges * torch.tensor(height_width(size)).repeat(2)).floor().long()
 
 
-def draw_partners(
-    seed: int, keys: Tensor, views: Tensor, indices: Tensor, labeled: int, count: int
-) -> Tensor:
-    """Draw the image that each view is mixed with, int64 [B]: of the first ``labeled``, or of the others.
-
-    ``indices``, int64 [B], are the images of the views, of ``count``.
-    """
-    word, *_ = random_words(seed, keys, views, _MIX)
-    is_labeled = indices < labeled
-    drawn = below(word, torch.where(is_labeled, labeled, count - labeled))
-    return torch.where(is_labeled, drawn, labeled + drawn)
-
-
-def draw_mixes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
-    """Draw how each view is mixed, float32 [B, 5].
+def draw_mixes(
+    policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor, indices: Tensor, labeled: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Draw how each view is mixed, float32 [B, 5], and with which image, int64 [B].
 
     Columns: the ratio λ of mixup, 1 for CutMix; top, left, bottom and right of the rectangle of CutMix as
-    fractions of the view, 0 for mixup.
+    fractions of the view, 0 for mixup. ``indices``, int64 [B], are the images of the views, of ``count``. The
+    partner is one of the first ``labeled`` if the image is, otherwise one of the others.
     """
-    _, word, choice, _ = random_words(seed, keys, views, _MIX)
+    partner, word, choice, _ = random_words(seed, keys, views, _MIX)
+    is_labeled = indices < labeled
+    partners = below(partner, torch.where(is_labeled, labeled, count - labeled))
     center = torch.stack(random_words(seed, keys, views, _MIX_AT)[:2], 1).double() * 2.0**-32
     limit = (1 << 31 if policy.mixup else 1 << 32) if policy.cutmix else 0
     is_cut, step = (choice < limit)[:, None], below(word, BETA_STEPS)[:, None]
@@ -147,7 +139,8 @@ def draw_mixes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Te
     ratio = torch.where(is_cut, of_cutmix, of_mixup)
     half = (1 - ratio).sqrt() / 2
     edges = torch.cat([center - half, center + half], 1).clamp(0, 1)
-    return torch.cat([torch.where(is_cut, 1.0, ratio), torch.where(is_cut, edges, 0.0)], 1).float()
+    mixes = torch.cat([torch.where(is_cut, 1.0, ratio), torch.where(is_cut, edges, 0.0)], 1).float()
+    return mixes, torch.where(is_labeled, partners, labeled + partners)
 
 
 @cache

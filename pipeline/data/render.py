@@ -18,16 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...export.runtime import Size, height_width
-from .augment import (
-    apply_changes,
-    draw_changes,
-    draw_mixes,
-    draw_partners,
-    mix,
-    mix_labels,
-    mixing_ratios,
-    to_device,
-)
+from .augment import apply_changes, draw_changes, draw_mixes, mix, mix_labels, mixing_ratios, to_device
 from .boxes import follow
 from .views import ViewPolicy, draw_crops
 
@@ -316,8 +307,7 @@ class LabeledViews:
         rows = slice(len(labels))
         if policy.mixes:
             keys = self.keys[indices]
-            mixes = draw_mixes(policy, seed, keys, view_numbers)
-            partners = draw_partners(seed, keys, view_numbers, indices, labeled, len(self))
+            mixes, partners = draw_mixes(policy, seed, keys, view_numbers, indices, labeled, len(self))
             labels = mix_labels(labels, self.labels[partners[rows]], mixing_ratios(mixes[rows], self.size))
             indices, view_numbers = torch.cat([indices, partners]), view_numbers.repeat(2)
         keys, heights, widths = self.keys[indices], heights[indices], widths[indices]

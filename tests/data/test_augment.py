@@ -14,7 +14,6 @@ from questpress.pipeline.data.augment import (
     augment,
     draw_changes,
     draw_mixes,
-    draw_partners,
     erase,
     mix,
     mix_labels,
@@ -163,7 +162,7 @@ def test_mixup_is_timms() -> None:
 
 def test_rectangles_of_cutmix_are_timms_within_a_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, policy = torch.arange(500), ViewPolicy("center", cutmix=1.0)
-    mixes = draw_mixes(policy, 0, keys, keys)
+    mixes, _ = draw_mixes(policy, 0, keys, keys, keys, 500, 500)
     assert mixes[:, 0].eq(1).all()
     views = torch.zeros(1000, 1, TALL, WIDE, dtype=torch.uint8)
     views[500:] = 1
@@ -188,15 +187,15 @@ def test_rectangles_of_cutmix_are_timms_within_a_pixel(monkeypatch: pytest.Monke
 def test_ratios_are_of_beta_and_partners_of_all_images(parameter: float) -> None:
     keys = torch.arange(6000)
     policy = ViewPolicy("center", mixup=parameter)
-    ratios = draw_mixes(policy, 3, keys, keys)[:, 0].numpy()
+    indices = torch.arange(6000) % 10
+    mixes, partners = draw_mixes(policy, 3, keys, keys, indices, 4, 10)
+    ratios = mixes[:, 0].numpy()
     below = np.linspace(0.01, 0.99, 50)
     fractions = (ratios <= below[:, None]).mean(1)
     np.testing.assert_allclose(fractions, beta(parameter, parameter).cdf(below), atol=0.02)
-    both = draw_mixes(ViewPolicy("center", mixup=parameter, cutmix=1.0), 3, keys, keys)
+    both, same = draw_mixes(replace(policy, cutmix=1.0), 3, keys, keys, indices, 4, 10)
     is_cut = both[:, 3] > 0
-    assert 0.47 < is_cut.float().mean() < 0.53 and both[is_cut, 0].eq(1).all()
-    indices = torch.arange(6000) % 10
-    partners = draw_partners(3, keys, keys, indices, 4, 10)
+    assert 0.47 < is_cut.float().mean() < 0.53 and both[is_cut, 0].eq(1).all() and same.equal(partners)
     counts = [partners[indices == n].bincount(minlength=10) for n in (0, 9)]
     assert (counts[0][:4] > 100).all() and counts[0][4:].eq(0).all()
     assert (counts[1][4:] > 60).all() and counts[1][:4].eq(0).all()
