@@ -58,13 +58,13 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
-def draw_changes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor | None:
-    """Draw the changes of each view, float32 [B, K]; None if the policy has none.
+def draw_changes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    """Draw the changes of each view, float32 [B, K].
 
     Columns: the factors of the color jitter; for each operation of RandAugment its number and sign; the
     erased rectangle (top, left, height, width as fractions of the view), of height 0 for none.
     """
-    columns = []
+    columns = [torch.empty(len(keys), 0)]
     if policy.color_jitter:
         columns.append(draw_color_factors(policy, seed, keys, views))
     for step in range(policy.randaugment[0] if policy.randaugment else 0):
@@ -72,7 +72,7 @@ def draw_changes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> 
         columns.append(torch.stack([below(operation, len(OPERATIONS)), 1 - 2 * (sign >> 31)], 1).float())
     if policy.erasing:
         columns.append(_draw_rectangles(policy.erasing, seed, keys, views))
-    return torch.cat(columns, 1) if columns else None
+    return torch.cat(columns, 1)
 
 
 def _draw_rectangles(probability: float, seed: int, keys: Tensor, views: Tensor) -> Tensor:
@@ -86,15 +86,20 @@ def _draw_rectangles(probability: float, seed: int, keys: Tensor, views: Tensor)
     return torch.stack([down * (1 - height), across * (1 - width), height, width], 1).float()
 
 
-def apply_changes(views: Tensor, changes: Tensor, policy: ViewPolicy) -> Tensor:
-    """Return views uint8 [B, 3, H, W] with ``changes`` [B, K] of ``draw_changes``, which are on the host."""
+def apply_changes(views: Tensor, policy: ViewPolicy, changes: Tensor, mixes: Tensor | None = None) -> Tensor:
+    """Return views uint8 [B, 3, H, W] with the changes of ``draw_changes``, then mixed as by ``mix``.
+
+    ``changes`` [B, K] and ``mixes`` are on the host.
+    """
     if policy.color_jitter:
         views, changes = jitter_colors(views, changes[:, :3].contiguous()), changes[:, 3:]
     for _ in range(policy.randaugment[0] if policy.randaugment else 0):
         assert policy.randaugment is not None
         views = augment(views, changes[:, 0].long(), changes[:, 1], policy.randaugment[1])
         changes = changes[:, 2:]
-    return erase(views, changes) if policy.erasing else views
+    if policy.erasing:
+        views = erase(views, changes)
+    return views if mixes is None else mix(views, mixes)
 
 
 def erase(views: Tensor, rectangles: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...export.runtime import Size, height_width
-from .augment import apply_changes, draw_changes, draw_mixes, mix, mix_labels, mixing_ratios, to_device
+from .augment import apply_changes, draw_changes, draw_mixes, mix_labels, mixing_ratios, to_device
 from .boxes import follow
 from .views import ViewPolicy, draw_crops
 
@@ -266,14 +266,14 @@ class Normalize(nn.Module):
 
 
 class Drawn(NamedTuple):
-    """Views of a batch: crops, flips, changes of pixels if there are any, and labels.
+    """Views of a batch: crops, flips, changes of pixels, and labels.
 
     If views are mixed, those of their partners follow them, and ``mixes`` are ``augment.draw_mixes``'s.
     """
 
     box: Tensor
     flips: Tensor
-    changes: Tensor | None
+    changes: Tensor
     labels: Tensor
     indices: Tensor
     mixes: Tensor | None
@@ -339,10 +339,7 @@ class Views(LabeledViews):
         drawn = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
         shown = (pixels, drawn.indices, drawn.box, drawn.flips)
         views = render_views(*shown, size or self.size, self.policy, device)
-        if drawn.changes is not None:
-            views = apply_changes(views, drawn.changes, self.policy)
-        if drawn.mixes is not None:
-            views = mix(views, drawn.mixes)
+        views = apply_changes(views, self.policy, drawn.changes, drawn.mixes)
         return views, to_device(drawn.labels, device)
 
     def batches(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...export.runtime import Preprocessing, Size, height_width, needed_size, render
 from ..runs.cache import Cache
-from .augment import apply_changes, mix, to_device
+from .augment import apply_changes, to_device
 from .dataset import Image, Progress
 from .decode import (
     Canonical,
@@ -97,8 +97,8 @@ class StreamedViews(LabeledViews):
                 labels.append(drawn.labels)
                 batch = [images.images[index] for index in drawn.indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
-                box, flips = drawn.box.numpy(), drawn.flips.numpy()
-                changes, mixes = (None if t is None else t.numpy() for t in (drawn.changes, drawn.mixes))
+                box, flips, changes = (t.numpy() for t in (drawn.box, drawn.flips, drawn.changes))
+                mixes = None if drawn.mixes is None else drawn.mixes.numpy()
                 yield partial(_crop, batch, self.canonical, self.policy, box, flips, changes, mixes, sizes)
 
         for packed in self.workers.map(tasks()):
@@ -136,7 +136,7 @@ def _crop(
     policy: ViewPolicy,
     box: np.ndarray,
     flips: np.ndarray,
-    changes: np.ndarray | None,
+    changes: np.ndarray,
     mixes: np.ndarray | None,
     sizes: tuple[Size, ...],
 ) -> Tensor:
@@ -150,14 +150,12 @@ def _crop(
         pixels = Pixels(data.view(-1, 3), first, height, width)
         for size, views in zip(sizes, unpacked, strict=True):
             views[n] = render_views(pixels, first, boxes[n : n + 1], mirrored[n : n + 1], size, policy)[0]
-    if changes is not None:
-        for views in unpacked:
-            views.copy_(apply_changes(views, torch.from_numpy(changes), policy))
-    if mixes is not None:
-        for views in unpacked:
-            views[: len(mixes)] = mix(views, torch.from_numpy(mixes))
-        packed = packed[: len(mixes)].clone()
-    return packed
+    mixed = None if mixes is None else torch.from_numpy(mixes)
+    for views in unpacked:
+        changed = apply_changes(views, policy, torch.from_numpy(changes), mixed)
+        if changed is not views:
+            views[: len(changed)] = changed
+    return packed if mixes is None else packed[: len(mixes)].clone()
 
 
 def _unpack(packed: Tensor, sizes: tuple[Size, ...]) -> list[Tensor]:
