@@ -328,19 +328,22 @@ class Views(LabeledViews):
         indices: Tensor,
         view_numbers: Tensor,
         device: torch.device | str = "cpu",
-        size: Size | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        sizes: tuple[Size, ...] = (),
+    ) -> tuple[Tensor, ...]:
         """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, H, W], and the labels.
 
-        Another ``size`` returns the same crops at that size. A view depends only on its image, view number
-        and the seed, and if it is mixed on the images of the set, not on the other images of the batch.
+        With ``sizes``, the same crops at the first of them; those at the others follow the labels. A view
+        depends only on its image, view number and the seed, and if it is mixed on the images of the set, not
+        on the other images of the batch.
         """
         pixels = self.pixels
         drawn = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
-        shown = (pixels, drawn.indices, drawn.box, drawn.flips)
-        views = render_views(*shown, size or self.size, self.policy, device)
-        views = apply_changes(views, self.policy, drawn.changes, drawn.mixes)
-        return views, to_device(drawn.labels, device)
+        crops, policy = (pixels, drawn.indices, drawn.box, drawn.flips), self.policy
+        views, *more = (
+            apply_changes(render_views(*crops, size, policy, device), policy, drawn.changes, drawn.mixes)
+            for size in sizes or (self.size,)
+        )
+        return views, to_device(drawn.labels, device), *more
 
     def batches(
         self,
@@ -352,9 +355,5 @@ class Views(LabeledViews):
 
         With ``also``, the third element of each batch is the same crops at that size.
         """
-
-        def render(indices: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
-            batch = self.batch(indices, numbers, device)
-            return batch if also is None else (*batch, self.batch(indices, numbers, device, also)[0])
-
-        return prefetch((render(indices, numbers) for indices, numbers in plan), device)
+        sizes = (self.size,) if also is None else (self.size, also)
+        return prefetch((self.batch(*step, device, sizes) for step in plan), device)

@@ -137,7 +137,7 @@ def test_boxes_follow_crop_flip_and_scale(name: str, canonical: str) -> None:
     assert (labels[~kept][:, 0] == -1).all() and not labels[~kept][:, 1:].any()
     again = views.batch(indices[7:9], numbers[7:9])[1]
     assert again.equal(labels[7:9])  # whatever else is in the batch
-    other = views.batch(indices, numbers, size=(36, 48))
+    other = views.batch(indices, numbers, sizes=((36, 48),))
     assert other[1].equal(labels)
 
 

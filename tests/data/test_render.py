@@ -114,7 +114,7 @@ def test_another_size_shows_the_same_crop(policy: ViewPolicy) -> None:
     views = views_of(done, policy, 32)
     indices, numbers = torch.arange(6).repeat(3), torch.arange(18)
     large, _ = views.batch(indices, numbers)
-    little, _ = views.batch(indices, numbers, size=16)
+    little, _ = views.batch(indices, numbers, sizes=(16,))
     assert little.shape == (18, 3, 16, 16)
     reduced = functional.resize(large.float(), [16, 16], antialias=True)
     assert (reduced - little.float()).abs().mean() < 6

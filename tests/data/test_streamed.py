@@ -92,12 +92,12 @@ def test_streamed_views_of_two_sizes_show_the_same_crops(
     steps = plan(20)
     small = replace(streamed, size=10)
     for step, (views, labels, full) in zip(steps, small.batches(steps, also=SIZE), strict=True):
-        assert views.shape[-2:] == (10, 10) and views.equal(decoded.batch(*step, size=10)[0])
+        assert views.shape[-2:] == (10, 10) and views.equal(decoded.batch(*step, sizes=(10,))[0])
         assert full.equal(decoded.batch(*step)[0])
         # A rectangle of CutMix has another fraction of the pixels.
         assert labels.equal(replace(decoded, size=10).batch(*step)[1])
     (views, _, full), *_ = replace(decoded, size=10).batches(steps, also=SIZE)
-    assert views.equal(decoded.batch(*steps[0], size=10)[0]) and full.equal(decoded.batch(*steps[0])[0])
+    assert views.equal(decoded.batch(*steps[0], sizes=(10,))[0]) and full.equal(decoded.batch(*steps[0])[0])
 
 
 def test_streamed_rectangles_equal_views_of_decoded_images(
@@ -108,8 +108,8 @@ def test_streamed_rectangles_equal_views_of_decoded_images(
     views = replace(streamed, size=(24, 12)).batches(steps, also=(10, 5))
     for step, (large, _, small) in zip(steps, views, strict=True):
         assert large.shape[-2:] == (24, 12) and small.shape[-2:] == (10, 5)
-        assert large.equal(decoded.batch(*step, size=(24, 12))[0])
-        assert small.equal(decoded.batch(*step, size=(10, 5))[0])
+        assert large.equal(decoded.batch(*step, sizes=((24, 12),))[0])
+        assert small.equal(decoded.batch(*step, sizes=((10, 5),))[0])
 
 
 def test_streamed_views_are_independent_of_the_number_of_workers(

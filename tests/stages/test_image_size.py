@@ -145,7 +145,7 @@ def test_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     done = decode_images(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
     views = Views(done.labels, done.keys, policy, 3, 32, done.pixels)
     indices, numbers = torch.arange(6), torch.full((6,), 5)
-    small, full = views.batch(indices, numbers, size=16)[0], views.batch(indices, numbers)[0]
+    small, full = views.batch(indices, numbers, sizes=(16,))[0], views.batch(indices, numbers)[0]
     down = interpolate(full.float(), (16, 16), mode="bilinear", antialias=True)
     # One reduction or two: the same content, a little less sharp.
     assert (small.float() - down).abs().mean() < (0.51 if kind == "pad_crop" else 2.0)
