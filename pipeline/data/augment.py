@@ -30,7 +30,8 @@ OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color",
     "contrast", "sharpness", "posterize", "solarize", "auto_contrast", "equalize",
 )  # fmt: skip
-AFFINE = range(1, 6)
+LAST_AFFINE = 5
+"""Operations 1 to 5 move pixels and are applied together."""
 
 MAX_STRENGTH = 30
 SHEAR, TRANSLATE, DEGREES, BLEND, BITS = 0.3, 150 / 331, 30, 0.9, 4
@@ -190,16 +191,12 @@ def augment(views: Tensor, operations: Tensor, signs: Tensor, strength: int) -> 
     """
     views = views.clone()
     part = strength / MAX_STRENGTH
-    for number, name in enumerate(OPERATIONS):
-        chosen = (
-            (operations > 0) & (operations <= AFFINE[-1]) if number == AFFINE[0] else operations == number
-        )
-        rows = chosen.nonzero()[:, 0]
-        if not len(rows) or name == "identity" or number in AFFINE[1:]:
-            continue
+    groups = torch.where(operations > 0, operations.clamp(min=LAST_AFFINE), 0)
+    for number in groups[groups > 0].unique().tolist():
+        name, rows = OPERATIONS[number], (groups == number).nonzero()[:, 0]
         on_device = to_device(rows, views.device)
         images = views.index_select(0, on_device)
-        if number in AFFINE:
+        if number == LAST_AFFINE:
             changed = _transform(images, operations[rows], signs[rows].double() * part)
         elif name in ("brightness", "color", "contrast", "sharpness"):
             changed = _blend(images, _reference(images, name), 1 + signs[rows].float() * (BLEND * part))
