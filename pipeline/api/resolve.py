@@ -80,7 +80,8 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         for name in parameters
     )
     _check_weights_of_losses(chosen, list(parameters))
-    check_outside_data(chosen.data, {"--cache": chosen.cache})
+    for images_folder in (chosen.data, chosen.unlabeled or chosen.data):
+        check_outside_data(images_folder, {"--cache": chosen.cache})
     reading: dict[str, Any] = {
         "follow_links": chosen.follow_links,
         "cache": None if chosen.dry_run else Cache(chosen.cache),
@@ -252,7 +253,6 @@ def _check_unused(chosen: Options) -> None:
                 raise UsageError(f"{get_flag(name)}{shown} has no effect with --method none. Remove it.")
     if chosen.unlabeled is not None:
         check_unlabeled(chosen.unlabeled, chosen.data)
-        check_outside_data(chosen.unlabeled, {"--cache": chosen.cache})
     elif chosen.unlabeled_ratio is not None:
         raise UsageError(f"--unlabeled-ratio {chosen.unlabeled_ratio:g} requires --unlabeled. Remove it.")
     if chosen.cache_top is None:

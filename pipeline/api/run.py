@@ -112,9 +112,8 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     with display.stage("start") as stage, ranks.main_first():  # fills the cache
         chosen, images = resolve(given, partial(stage.update, "reading images", unit="images"))
     assert chosen.out is not None
-    for folder_of_images in (chosen.data, chosen.unlabeled):
-        if folder_of_images is not None:
-            check_outside_data(folder_of_images, {"--out": chosen.out, "--cache": chosen.cache})
+    for images_folder in (chosen.data, chosen.unlabeled or chosen.data):
+        check_outside_data(images_folder, {"--out": chosen.out})
     device = choose_device(chosen.device, ranks.local_rank if ranks.count > 1 else None)
     check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:

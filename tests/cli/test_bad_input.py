@@ -348,12 +348,13 @@ def test_outputs_inside_the_data_folder_are_refused(tmp_path, cache, option):
     data = photos(tmp_path / "photos")
     places = {"--out": tmp_path / "run", "--cache": cache, option: data / "mine"}
 
-    def build_arguments(places: dict[str, Path]) -> list[str | Path]:
-        return [*NETWORKS, *SMALL, "--data", data, *(part for pair in places.items() for part in pair)]
+    def build_arguments(places: dict[str, Path], images: str = "--data") -> list[str | Path]:
+        return [*NETWORKS, *SMALL, images, data, *(part for pair in places.items() for part in pair)]
 
     refused(compress(*build_arguments(places)), 2, f"{option} {data / 'mine'}", "would be read as images")
     refused(compress(*build_arguments(places), "--dry-run"), 2, "would be read as images")
     assert not (data / "mine").exists() and not (tmp_path / "run").exists()
+    refused(compress(*build_arguments(places, "--unlabeled")), 2, "would be read as images")
     hidden = {**places, option: data / ".mine"}
     assert compress(*build_arguments(hidden), "--dry-run").exit_code == 0
 
