@@ -11,8 +11,9 @@ sides in a ratio of 0.3 to 3.3, by the mean color of ImageNet. A rectangle longe
 
 Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) returns λ·view + (1 − λ)·other, CutMix (Yun et al., ICCV
 2019, arXiv 1905.04899) the view with a rectangle of the other one, of √(1 − λ) of each side around any point
-and clipped, with λ from Beta(A, A). The other one is the view of the same number of a partner, another image
-of the training set: of a labeled image a labeled one. With both, each view draws one of them, as in timm.
+and clipped, with λ from Beta(A, A). The other one is the view of the same number of a partner, which is any
+of the N labeled images (of the unlabeled ones for one without a label), and with probability 1/N the image
+itself. With both, each view draws one of them, as in timm.
 """
 
 import math
@@ -133,7 +134,7 @@ def draw_mixes(
 
     Columns: the ratio λ of mixup, 1 for CutMix; top, left, bottom and right of the rectangle of CutMix as
     fractions of the view, 0 for mixup. ``indices``, int64 [B], are the images of the views, of ``count``. The
-    partner is one of the first ``labeled`` if the image is, otherwise one of the others.
+    partner of one of the first ``labeled`` is any of them, and that of another one any of the others.
     """
     partner, word, choice, _ = random_words(seed, keys, views, _MIX)
     is_labeled = indices < labeled
