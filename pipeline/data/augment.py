@@ -44,6 +44,9 @@ ERASED_COLOR = (125, 122, 114)
 # Draw numbers: see views.py. RandAugment takes one for each of its operations.
 _AUGMENT, _ERASE, _ERASE_AT, _MIX, _MIX_AT = 32, 28, 29, 30, 31
 
+VERSION = 2
+"""Of the pixels of RandAugment and random erasing, for the keys of cached teacher outputs."""
+
 BETA_STEPS = 4096
 """Number of equally probable ratios λ."""
 
@@ -267,7 +270,11 @@ def _reference(images: Tensor, name: str) -> Tensor:
         return smooth
     red, green, blue = whole.split(1, dim=1)
     gray = (299 * red + 587 * green + 114 * blue) // 1000
-    return gray if name == "color" else gray.sum((2, 3), keepdim=True) / (images.shape[2] * images.shape[3])
+    if name == "color":
+        return gray
+    # In 256ths: CUDA divides by a number as a product with its reciprocal, which is exact for powers of 2.
+    pixels = images.shape[2] * images.shape[3]
+    return (256 * gray.sum((2, 3), keepdim=True) + pixels // 2) // pixels / 256
 
 
 def _stretch(images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ...models.readout import LOGITS, Readouts, Reads, Widened, widen
 from .. import methods
 from ..config.network import NetworkSpec
 from ..config.options import Options
+from ..data import augment
 from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
@@ -223,7 +224,7 @@ def open_teacher_cache(
 
 def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: str) -> dict[str, object]:
     """Return all that a teacher's outputs depend on, besides the view number."""
-    geometry = teacher.geometry
+    geometry, policy = teacher.geometry, data.policy
     return {
         "weights": tensors_digest(run / teacher.file),
         "architecture": teacher.name,
@@ -232,9 +233,10 @@ def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: s
         "std": list(geometry.std),
         "images": digest(data.train.keys.tolist()),
         "form": data.form,
-        "policy": asdict(data.policy),
+        "policy": asdict(policy),
+        **({"changes": augment.VERSION} if policy.randaugment or policy.erasing else {}),
         # Labeled images are mixed with labeled ones.
-        "labeled": len(data.train.labeled) if data.policy.mixes else None,
+        "labeled": len(data.train.labeled) if policy.mixes else None,
         "seed": FIXED_SEED,
         "size": teacher.image_size,
     }

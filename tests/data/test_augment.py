@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.augment import (
     ERASED_COLOR,
     OPERATIONS,
+    _reference,
     apply_changes,
     augment,
     draw_changes,
@@ -35,7 +37,7 @@ TALL, WIDE = 24, 36
 STRENGTH = 21
 PART = STRENGTH / 30
 IMAGES = torch.from_numpy(np.stack([smooth(n, TALL, WIDE) for n in range(5)])).permute(0, 3, 1, 2)
-STRONG = ViewPolicy("center", randaugment=(2, 20), erasing=0.5, mixup=1.0, cutmix=1.0)
+STRONG = ViewPolicy("center", color_jitter=0.4, randaugment=(2, 20), erasing=0.5, mixup=1.0, cutmix=1.0)
 
 
 def torchvisions(image: Tensor, name: str, sign: int) -> Tensor:
@@ -79,6 +81,12 @@ def test_operation_equals_torchvisions(name: str, sign: int) -> None:
     is_moved = name in ("shear_x", "shear_y", "rotate")
     assert (difference > 2).float().mean() <= (0.01 if is_moved else 0)
     assert name == "identity" or not ours.equal(IMAGES)
+
+
+def test_contrast_blends_with_the_mean_gray_in_256ths() -> None:
+    gray, mean = (_reference(IMAGES, name) for name in ("color", "contrast"))
+    expected = [round(Fraction(256 * int(image.sum()), TALL * WIDE)) for image in gray]
+    assert (256 * mean).flatten().tolist() == expected
 
 
 def test_constant_images_are_neither_stretched_nor_equalized() -> None:

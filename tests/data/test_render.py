@@ -165,17 +165,6 @@ def test_color_jitter_matches_torchvision_in_a_fixed_order() -> None:
         assert (got.float() - expected * 255).abs().max() <= 1
 
 
-def test_jittered_views_are_drawn_from_the_view_alone() -> None:
-    done = photos()
-    views = views_of(done, ViewPolicy("center", flip=False, color_jitter=0.4), 12)
-    plain = views_of(done, ViewPolicy("center", flip=False), 12)
-    indices, numbers = torch.arange(6), torch.arange(6)
-    whole, _ = views.batch(indices, numbers)
-    assert not whole.equal(plain.batch(indices, numbers)[0])
-    assert views.batch(indices[4:5], numbers[4:5])[0][0].equal(whole[4])
-    assert not views.batch(indices, numbers + 6)[0].equal(whole)
-
-
 def boxes_of(done: DecodedImages, policy: ViewPolicy, count: int = 60) -> tuple[Tensor, Tensor, Tensor]:
     indices = torch.arange(count) % len(done.images)
     sizes = done.pixels.heights[indices], done.pixels.widths[indices]
