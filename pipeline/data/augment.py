@@ -7,7 +7,8 @@ RandAugment (Cubuk et al., 2019, arXiv 1909.13719) applies N of 14 operations in
 30. Operations, ranges, nearest-neighbor sampling and the black border are torchvision's. Signs are random.
 
 Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896) fills a rectangle of 2 to 40 % of the view, with
-sides in a ratio of 0.3 to 3.3, by the mean color of ImageNet. A rectangle longer than the view is clipped.
+sides in a ratio of 0.3 to 3.3, in pixels, by the mean color of ImageNet. A rectangle longer than the view is
+clipped.
 
 Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) returns λ·view + (1 − λ)·other, CutMix (Yun et al., ICCV
 2019, arXiv 1905.04899) the view with a rectangle of the other one, of √(1 − λ) of each side around any point
@@ -76,18 +77,19 @@ def draw_changes(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> 
         operation, sign, *_ = random_words(seed, keys, views, _AUGMENT + step)
         columns.append(torch.stack([below(operation, len(OPERATIONS)), 1 - 2 * (sign >> 31)], 1).float())
     if policy.erasing:
-        columns.append(_draw_rectangles(policy.erasing, seed, keys, views))
+        columns.append(_draw_rectangles(policy, seed, keys, views))
     return torch.cat(columns, 1)
 
 
-def _draw_rectangles(probability: float, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+def _draw_rectangles(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
     decision, area, ratio, _ = random_words(seed, keys, views, _ERASE)
     down, across, *_ = (word.double() * 2.0**-32 for word in random_words(seed, keys, views, _ERASE_AT))
     low, high = ERASED_AREA
     target = low + (high - low) * (area.double() * 2.0**-32)
-    aspect = ratio_table(ERASED_RATIO)[below(ratio, RATIO_STEPS)]
+    # The ratio is one of pixels; height and width are fractions of the view's.
+    aspect = policy.aspect * ratio_table(ERASED_RATIO)[below(ratio, RATIO_STEPS)]
     height, width = (x.sqrt().clamp(max=1) for x in (target * aspect, target / aspect))
-    height = torch.where(uniform(decision) < probability, height, 0.0)
+    height = torch.where(uniform(decision) < policy.erasing, height, 0.0)
     return torch.stack([down * (1 - height), across * (1 - width), height, width], 1).float()
 
 

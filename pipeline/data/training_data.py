@@ -81,7 +81,9 @@ class TrainingData:
     def policy(self) -> ViewPolicy:
         """How views are drawn."""
         o = self.options
+        height, width = height_width(self.image_size)
         changes: dict[str, Any] = {
+            "aspect": width / height,
             "flip": bool(o.flip),
             "color_jitter": o.color_jitter or 0.0,
             "randaugment": (o.randaugment[0], o.randaugment[1]) if o.randaugment else None,
@@ -89,7 +91,6 @@ class TrainingData:
             "mixup": o.mixup,
             "cutmix": o.cutmix,
         }
-        height, width = height_width(self.image_size)
         if o.crop == "pad":
             assert o.pad is not None and o.pad_mode is not None
             return ViewPolicy(
@@ -103,13 +104,8 @@ class TrainingData:
             )
         if o.crop == "resized":
             assert o.crop_scale is not None
-            return ViewPolicy(
-                "resized_crop",
-                scale=(o.crop_scale, 1.0),
-                **changes,
-                aspect=width / height,
-            )
-        return ViewPolicy("center", **changes, aspect=width / height)
+            return ViewPolicy("resized_crop", scale=(o.crop_scale, 1.0), **changes)
+        return ViewPolicy("center", **changes)
 
     @property
     def _student_preprocessing(self) -> Preprocessing:

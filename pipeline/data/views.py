@@ -82,11 +82,12 @@ class ViewPolicy:
     - ``resized_crop``: torchvision's RandomResizedCrop: area from ``scale`` (of the whole), aspect from
       ``ratio`` (log-uniform, times ``aspect``), ten tries, then the largest crop of an allowed aspect at the
       center.
-    - ``center``: the largest crop at the center with ``aspect``, width over height.
+    - ``center``: the largest crop at the center with ``aspect``.
 
-    ``flip`` mirrors half of the views. ``color_jitter`` j changes brightness, contrast and saturation by
-    factors from [1 − j, 1 + j]. ``randaugment`` is N, M, ``erasing`` a probability, ``mixup`` and ``cutmix``
-    are the parameters of Beta distributions; see ``augment.py``.
+    ``aspect`` is the width of views over their height. ``flip`` mirrors half of the views. ``color_jitter`` j
+    changes brightness, contrast and saturation by factors from [1 − j, 1 + j]. ``randaugment`` is N, M,
+    ``erasing`` a probability, ``mixup`` and ``cutmix`` are the parameters of Beta distributions; see
+    ``augment.py``.
     """
 
     kind: Literal["pad_crop", "resized_crop", "center"]

@@ -112,8 +112,9 @@ def test_erased_rectangles_have_the_mean_color() -> None:
     assert erased.equal(expected)
 
 
-def test_changes_follow_their_probabilities() -> None:
-    keys, policy = torch.arange(4000), ViewPolicy("center", randaugment=(2, 9), erasing=0.3)
+@pytest.mark.parametrize("aspect", [1.0, 36 / 96, 3.0])
+def test_changes_follow_their_probabilities(aspect: float) -> None:
+    keys, policy = torch.arange(4000), ViewPolicy("center", randaugment=(2, 9), erasing=0.3, aspect=aspect)
     changes = draw_changes(policy, 0, keys, torch.zeros_like(keys))
     assert changes.shape == (4000, 8)
     for column in (0, 2):
@@ -124,8 +125,10 @@ def test_changes_follow_their_probabilities() -> None:
     top, left, height, width = changes[:, 4:].unbind(1)
     is_erased = height > 0
     assert abs(is_erased.float().mean() - 0.3) < 0.04
-    area = (height * width)[is_erased]
+    is_whole = is_erased & (height < 1) & (width < 1)
+    area, ratio = (height * width)[is_erased], (height / width / aspect)[is_whole]
     assert area.min() > 0.01 and area.max() <= 0.4001 and 0.19 < area.mean() < 0.22
+    assert 0.299 < ratio.min() < 0.33 and 3 < ratio.max() < 3.34, "in pixels"
     assert (top + height).max() <= 1.0001 and (left + width).max() <= 1.0001 and top.min() >= 0
 
 

@@ -203,13 +203,6 @@ def test_rows_copied_from_the_host_give_the_same_crops(policy: ViewPolicy) -> No
     assert render_views(there, among, moved, flips, 12, policy).equal(expected)
 
 
-def test_batches_of_a_plan_equal_single_batches() -> None:
-    views = views_of(photos(), PHOTOS, 16)
-    plan = [(torch.arange(6), torch.full((6,), n)) for n in range(3)]
-    for step, (batch, labels) in zip(plan, views.batches(plan), strict=True):
-        assert batch.equal(views.batch(*step)[0]) and labels.equal(views.batch(*step)[1])
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("resident", ["device", "host"])
 def test_gpu_batches_are_prefetched_without_synchronization(resident: str) -> None:

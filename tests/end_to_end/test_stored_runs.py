@@ -159,6 +159,7 @@ def test_key_depends_on_images_sizes_and_view_policy(
     key = key_of(training_data)
     assert key_of(changed(training_data)) != key
     assert key_of(training_data, "bf16") != key
+    assert with_options(training_data, image_size=(24, 12)).policy.aspect == 0.5
     assert key_of(with_options(training_data, seed=9, epochs=99, batch_size=4, method="dist", lr=1.0)) == key
 
 
