@@ -21,7 +21,6 @@ from questpress.pipeline.data.augment import (
     mix_labels,
     mixing_ratios,
 )
-from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.tasks.classification import Classification
 from scipy.stats import beta
@@ -224,14 +223,6 @@ def test_mixed_view_shows_the_views_of_image_and_partner() -> None:
     first, second = (views_of(small(), plain, 12).batch(x.long(), numbers)[0].double() for x in (own, other))
     weights = ratios.double()[:, None, None, None]
     assert (first * weights + second * (1 - weights) - mixed).abs().max() <= 0.5 + 1e-9
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_gpu_views_equal_the_cpus() -> None:
-    policy = ViewPolicy("pad_crop", side=12, crop=12, pad=2, randaugment=(3, 25), erasing=0.5, cutmix=1.0)
-    here, plan = views_of(small(), policy, 12), (torch.arange(6).repeat(80), torch.arange(480))
-    there = Views(here.labels, here.keys, policy, 0, 12, here.pixels.to("cuda"))
-    assert there.batch(*plan, "cuda")[0].cpu().equal(here.batch(*plan)[0])
 
 
 @pytest.mark.parametrize("value", ["2", "2,31", "0,9", "9,9", "a,9", "2,9,5", [2.5, 9], 3])

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,10 +225,12 @@ def test_gpu_batches_are_prefetched_without_synchronization(resident: str) -> No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 def test_gpu_views_match_the_cpu() -> None:
-    for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
+    padded = ViewPolicy("pad_crop", side=12, crop=12, pad=2)
+    strong = replace(padded, randaugment=(3, 25), erasing=0.5, cutmix=1.0)
+    for policy, done in ((PHOTOS, photos()), (padded, small()), (strong, small())):
         here = views_of(done, policy, 12)
         there = Views(here.labels, here.keys, policy, 0, 12, done.pixels.to("cuda"))
-        indices, numbers = torch.arange(6).repeat(8), torch.arange(48)
+        indices, numbers = torch.arange(6).repeat(80), torch.arange(480)
         ours, _ = here.batch(indices, numbers)
         theirs, labels = there.batch(indices, numbers, "cuda")
         assert theirs.device.type == labels.device.type == "cuda"

@@ -25,6 +25,7 @@ POLICIES = {
     "jittered": ViewPolicy("resized_crop", color_jitter=0.4),
     "strong": ViewPolicy("resized_crop", randaugment=(2, 9), erasing=0.5, mixup=1.0, cutmix=1.0),
     "center": ViewPolicy("center", flip=False),
+    "tall": ViewPolicy("resized_crop", aspect=0.5),
 }
 BROKEN = "train/a/broken.jpg"
 
@@ -89,27 +90,18 @@ def test_streamed_views_of_two_sizes_show_the_same_crops(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
     decoded, streamed = both(images, POLICIES[name], workers)
-    steps = plan(20)
-    small = replace(streamed, size=10)
-    for step, (views, labels, full) in zip(steps, small.batches(steps, also=SIZE), strict=True):
-        assert views.shape[-2:] == (10, 10) and views.equal(decoded.batch(*step, sizes=(10,))[0])
-        assert full.equal(decoded.batch(*step)[0])
+    steps, sizes = plan(20), ((10, 5), (SIZE, 12)) if name == "tall" else ((10, 10), (SIZE, SIZE))
+    small, large = sizes
+    for step, (views, labels, full) in zip(
+        steps, replace(streamed, size=small).batches(steps, also=large), strict=True
+    ):
+        assert views.shape[-2:] == small and views.equal(decoded.batch(*step, sizes=(small,))[0])
+        assert full.shape[-2:] == large and full.equal(decoded.batch(*step, sizes=(large,))[0])
         # A rectangle of CutMix has another fraction of the pixels.
-        assert labels.equal(replace(decoded, size=10).batch(*step)[1])
-    (views, _, full), *_ = replace(decoded, size=10).batches(steps, also=SIZE)
-    assert views.equal(decoded.batch(*steps[0], sizes=(10,))[0]) and full.equal(decoded.batch(*steps[0])[0])
-
-
-def test_streamed_rectangles_equal_views_of_decoded_images(
-    images: tuple[Image, ...], workers: Workers
-) -> None:
-    decoded, streamed = both(images, ViewPolicy("resized_crop", aspect=0.5), workers)
-    steps = plan(20)
-    views = replace(streamed, size=(24, 12)).batches(steps, also=(10, 5))
-    for step, (large, _, small) in zip(steps, views, strict=True):
-        assert large.shape[-2:] == (24, 12) and small.shape[-2:] == (10, 5)
-        assert large.equal(decoded.batch(*step, sizes=((24, 12),))[0])
-        assert small.equal(decoded.batch(*step, sizes=((10, 5),))[0])
+        assert labels.equal(replace(decoded, size=small).batch(*step)[1])
+    (views, _, full), *_ = replace(decoded, size=small).batches(steps, also=large)
+    expected = [decoded.batch(*steps[0], sizes=(size,))[0] for size in sizes]
+    assert views.equal(expected[0]) and full.equal(expected[1])
 
 
 def test_streamed_views_are_independent_of_the_number_of_workers(
