@@ -337,6 +337,8 @@ def _choose_views(chosen: Options, data: ImageSet) -> None:
             raise UsageError(f"--pad {chosen.pad} must be smaller than the image size {side}.")
     chosen.flip = True if chosen.flip is None else chosen.flip
     chosen.color_jitter = chosen.color_jitter or 0.0
+    if chosen.recipe is None:
+        chosen.randaugment = chosen.randaugment or None  # the same run as without the option
 
 
 def _check_lists(chosen: Options) -> None:

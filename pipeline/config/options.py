@@ -102,23 +102,25 @@ def parse_size(value: Any) -> Any:
 
 
 def parse_randaugment(value: Any) -> Any:
-    """Return [N, M] of ``2,9``, the number and strength of RandAugment's operations.
+    """Return [N, M] of ``2,9``, the number and strength of RandAugment's operations, and 0 unchanged.
 
     Raises:
         ValueError: the value is not such a pair.
     """
+    if value in (0, "0"):
+        return 0
     parts = value.split(",") if isinstance(value, str) else value
     try:
         count, strength = (int(part) if isinstance(part, str) else operator.index(part) for part in parts)
     except (TypeError, ValueError):
         count, strength = 0, 0
     if not (1 <= count <= 8 and 0 <= strength <= 30):
-        raise ValueError("must be N,M, the number of operations (1 to 8) and their strength (0 to 30)")
+        raise ValueError("must be N,M, the number of operations (1 to 8) and strength (0 to 30), or 0")
     return [count, strength]
 
 
 ImageSize = Annotated[int | tuple[int, int], BeforeValidator(parse_size)]
-RandAugment = Annotated[list[int], BeforeValidator(parse_randaugment)]
+RandAugment = Annotated[list[int] | Literal[0], BeforeValidator(parse_randaugment)]
 Time = Annotated[float, BeforeValidator(parse_time), Field(gt=0, le=1e9)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
@@ -316,7 +318,7 @@ class Options(BaseModel):
         "strength of brightness, contrast and saturation jitter", ge=0, le=1
     )
     randaugment: RandAugment | None = image_option(
-        "RandAugment: N operations of strength M, up to 30, on each training image, such as 2,9"
+        "RandAugment: N operations of strength M, up to 30, on each training image, such as 2,9; 0 for none"
     )
     erasing: float = image_option(
         "probability of erasing a random rectangle of a training image", 0.0, ge=0, le=1

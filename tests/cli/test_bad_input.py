@@ -195,6 +195,14 @@ def test_on_and_off_of_a_config_are_the_words(tmp_path):
     assert (options.balance, options.compile, options.qat) == ("off", "on", True)
 
 
+def test_randaugment_of_a_recipe_can_be_switched_off(tmp_path):
+    recipe = {"teacher": "resnet50", "student": "resnet18", "recipe": "cqkd-imagenet"}
+    assert read_options(recipe).randaugment == [2, 9]
+    options = read_options({**recipe, "randaugment": "0"}).model_dump(mode="json")
+    again = config(tmp_path, yaml.safe_dump({name: options[name] for name in (*recipe, "randaugment")}))
+    assert options["randaugment"] == read_options({"config": again}).randaugment == 0
+
+
 def test_config_that_is_not_there_or_not_text_is_refused(tmp_path):
     refused(compress(*NETWORKS, "--config", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
     refused(compress(*NETWORKS, "--config", tmp_path), 2, "cannot be read")
@@ -329,11 +337,12 @@ def test_dependent_defaults_of_a_config_are_resolved_again():
 
 def test_batch_larger_than_the_data_scales_the_learning_rate(data, cache, tmp_path):
     folders = ("--data", data, "--cache", cache, "--out", tmp_path / "run")
-    arguments = (*NETWORKS, *SMALL, *folders, "--dry-run", "--json")
+    arguments = (*NETWORKS, *SMALL, *folders, "--randaugment", "0", "--dry-run", "--json")
     large, all_of_it = (compress(*arguments, "--batch-size", size) for size in ("1000000", "45"))
     assert "all images are one batch" in large.stderr and "all images" not in all_of_it.stderr
-    rates = [json.loads(result.stdout)["config"]["lr"] for result in (large, all_of_it)]
-    sizes = [json.loads(result.stdout)["config"]["batch_size"] for result in (large, all_of_it)]
+    configs = [json.loads(result.stdout)["config"] for result in (large, all_of_it)]
+    rates, sizes = ([options[name] for options in configs] for name in ("lr", "batch_size"))
+    assert configs[0]["randaugment"] is None, "the same run as without the option"
     assert rates[0] == pytest.approx(2.8e-3 * (sizes[0] / 64) ** 0.5, abs=1e-6) and sizes[0] < 60
 
 

@@ -229,4 +229,5 @@ def test_mixed_view_shows_the_views_of_image_and_partner() -> None:
 def test_invalid_randaugment_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="must be N,M"):
         Options(teacher=["a"], student="b", randaugment=value)
-    assert Options(teacher=["a"], student="b", randaugment="2,9").randaugment == [2, 9]
+    for text, parsed in (("2,9", [2, 9]), ("0", 0)):
+        assert Options(teacher=["a"], student="b", randaugment=text).randaugment == parsed
