@@ -252,6 +252,7 @@ def _check_unused(chosen: Options) -> None:
                 shown = "" if value is True else f" {value}"
                 raise UsageError(f"{get_flag(name)}{shown} has no effect with --method none. Remove it.")
     if chosen.unlabeled is not None:
+        chosen.unlabeled = chosen.unlabeled.expanduser()
         check_unlabeled(chosen.unlabeled, chosen.data)
     elif chosen.unlabeled_ratio is not None:
         raise UsageError(f"--unlabeled-ratio {chosen.unlabeled_ratio:g} requires --unlabeled. Remove it.")

@@ -29,11 +29,12 @@ def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) ->
     out = tmp_path_factory.mktemp("runs") / "all"
     photos = little.photos(out.parent / "photos", {".": 7, "deep/er": 10}, first=5000)
     (photos / "copy.png").write_bytes(next(data.rglob("*.png")).read_bytes())
-    unlabeled = ("--unlabeled", photos, "--unlabeled-ratio", "0.5")
+    unlabeled = ("--unlabeled", "~/photos", "--unlabeled-ratio", "0.5")
     weights = ("--weight", "kd=0.25", "--weight", "ce=2")
     every = ("--method", "+".join(methods.METHODS))
     more = (*every, *weights, *unlabeled, "--balance", "off", "--deterministic", "--until", "export")
-    with OPERATIONS:
+    with OPERATIONS, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(out.parent))
         result = little.job(data, out, cache, *more)
     assert result.exit_code == 0, (result.output, result.exception)
     return out
