@@ -30,7 +30,7 @@ REGENERATE = "Run the original command again to regenerate it."
 ARTIFACT = Path("artifact")
 """Folder of the files to deploy."""
 
-MOVABLE = ("data", "data_dir")
+MOVABLE = ("data", "data_dir", "unlabeled")
 """Options of config.yaml that a user may edit, since images can be moved."""
 
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from questpress.export.errors import ExportError
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
 from questpress.pipeline.runs import files
 from questpress.pipeline.runs.files import atomic_write
-from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.folder import RunFolder, read_config
 from questpress.pipeline.runs.results import Epoch
 
 from tests.support import little
@@ -67,6 +68,12 @@ def test_edited_config_is_refused(a_run, option):
     flip(a_run / "config.yaml", option.encode())
     refused(compress("export", a_run), 2, "config.yaml", "Run the original command again")
     assert compress("report", a_run).exit_code == 0  # has them from the record
+
+
+def test_folders_of_images_may_be_edited_in_the_config(a_run, tmp_path):
+    moved = {name: str(tmp_path / name) for name in ("data", "data_dir", "unlabeled")}
+    (a_run / "config.yaml").write_text(yaml.safe_dump(read_config(a_run) | moved))
+    assert read_config(a_run).items() >= moved.items()
 
 
 # Curves.
