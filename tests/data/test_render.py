@@ -131,19 +131,16 @@ def test_whole_crop_at_its_own_size_is_the_image() -> None:
         assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stack())
 
 
-def test_no_indices_give_an_empty_batch() -> None:
+def test_batches_are_channels_last_in_memory_and_may_be_empty() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
-        batch, labels = views_of(done, policy, 12).batch(empty, empty)
+        views = views_of(done, policy, 12)
+        batch, labels = views.batch(empty, empty)
         assert batch.shape == (0, 3, 12, 12) and labels.shape == (0,)
+        batch, _ = views.batch(torch.arange(4), torch.arange(4))
+        assert batch.is_contiguous(memory_format=torch.channels_last)
     box = torch.empty(0, 4, dtype=torch.int32)
     assert resize_batched(photos().pixels, empty, box, empty.bool(), 5).shape == (0, 3, 5, 5)
-
-
-def test_batches_are_channels_last_in_memory() -> None:
-    for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
-        batch, _ = views_of(done, policy, 12).batch(torch.arange(4), torch.arange(4))
-        assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalize_equals_the_runtime() -> None:

@@ -73,16 +73,11 @@ def test_every_method_has_a_deterministic_form_on_a_gpu(of_all: Path) -> None:
     assert little.report(of_all)["config"]["deterministic"] is True
 
 
-def test_report_counts_the_images_without_labels(of_all: Path) -> None:
-    content = little.report(of_all)["data"]
-    assert content["unlabeled"] == 17 and sum(content["left_out"].values()) == 1
+def test_report_counts_images_without_labels_and_names_the_papers(of_all: Path) -> None:
+    content = little.report(of_all)
+    assert content["data"]["unlabeled"] == 17 and sum(content["data"]["left_out"].values()) == 1
     assert "| without labels | 17 |" in (of_all / "report.md").read_text()
-
-
-def test_report_names_the_papers_of_all_methods(of_all: Path) -> None:
-    source = little.report(of_all)["method_source"]
-    for name in methods.METHODS:
-        assert methods.load(name).paper in source
+    assert all(methods.load(name).paper in content["method_source"] for name in methods.METHODS)
 
 
 @pytest.mark.parametrize(
