@@ -237,6 +237,8 @@ def _prepare_context(context: RunContext, data: TrainingData, scratch: Path) -> 
 
     def cached(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         sources = {"teacher": tensors_digest(run / specs[t].file), "data": data.dataset.fingerprint}
+        if unlabeled := data.dataset.unlabeled_fingerprint:
+            sources["unlabeled"] = unlabeled
         full_key = digest({**key, **sources, "geometry": specs[t].preprocessing.to_dict()})
         return context.cache.get(kind, full_key) or context.cache.put(kind, full_key, write)
 

@@ -80,6 +80,16 @@ def test_report_counts_images_without_labels_and_names_the_papers(of_all: Path) 
     assert all(methods.load(name).paper in content["method_source"] for name in methods.METHODS)
 
 
+def test_vocabulary_and_biases_are_not_those_of_other_images_without_labels(
+    of_all: Path, data: Path, tmp_path: Path, cache: Path
+) -> None:
+    photos = little.photos(tmp_path / "photos", {".": 17}, first=7000)
+    more = ("--method", "quest+mimic", "--unlabeled", photos, "--until", "prepare")
+    little.check_success(little.job(data, tmp_path / "run", cache, *more))
+    ours, theirs = (load_file(run / "prepared.safetensors") for run in (tmp_path / "run", of_all))
+    assert not any(ours[name].equal(theirs[name]) for name in ("quest.0.map.words", "mimic.0.bias"))
+
+
 @pytest.mark.parametrize(
     ("method", "given", "expected"),
     [
