@@ -11,13 +11,7 @@ from typing import Any
 from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
 from ...export.runtime import Size, detect_target, height_width, make_size
-from ...models.build import (
-    check_activation,
-    check_size,
-    has_batch_norm,
-    is_detector,
-    show_size,
-)
+from ...models.build import check_activation, check_size, has_batch_norm, is_detector, show_size
 from ...models.build import resolve as resolve_name
 from ...models.checkpoint import read_checkpoint
 from ...models.errors import ModelError

@@ -93,15 +93,9 @@ class TrainingData:
         }
         if o.crop == "pad":
             assert o.pad is not None and o.pad_mode is not None
-            return ViewPolicy(
-                "pad_crop",
-                # A resized image that is larger than the crop leaves room to shift, besides the padding.
-                side=self._student_preprocessing.resize,
-                crop=self.image_size,
-                pad=o.pad,
-                mode=o.pad_mode,
-                **changes,
-            )
+            # A resized image that is larger than the crop leaves room to shift, besides the padding.
+            changes |= {"side": self._student_preprocessing.resize, "crop": self.image_size}
+            return ViewPolicy("pad_crop", pad=o.pad, mode=o.pad_mode, **changes)
         if o.crop == "resized":
             assert o.crop_scale is not None
             return ViewPolicy("resized_crop", scale=(o.crop_scale, 1.0), **changes)
