@@ -253,6 +253,8 @@ class DetectorReadouts(Readouts):
         maps = self.compiled.get("maps", self.network.maps)(x)
         features = {"map": maps[0], "anchors": self.network.anchors / self.network.sides}
         features |= {f"map@{level}": tensor for level, tensor in enumerate(maps)}
+        if labels is not None and not len(labels):  # a micro-batch of unlabeled images
+            features["losses"], labels = maps[0][:0].float().sum()[None], None
         needed = {self._from_finest(read) for read in reads}
         if needed - features.keys():
             features |= self.network.compute_features(maps, labels)

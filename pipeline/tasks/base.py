@@ -20,7 +20,7 @@ from ..runs.scores import Calibration, ClassMeasure, Confusion, Prediction, Prop
 
 Names = Sequence[str]
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
-"""The loss of (feature, labels) of a training batch, the mean over its images with labels."""
+"""The loss of (feature, labels) of a training batch, the mean over its images with labels, 0 without any."""
 CHUNK = 1 << 22
 """Logits that are decoded at once, in float64."""
 Thresholds = ndarray | None
@@ -34,8 +34,9 @@ def split_rows(logits: ndarray) -> list[slice]:
 
 
 def compute_labeled_loss(loss: LabelLoss, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of the first logits, which have labels, in fp32."""
-    return loss(logits[: len(labels)].float(), labels)
+    """Return the loss of the first logits, which have labels, in fp32; 0 without labels."""
+    labeled = logits[: len(labels)].float()
+    return loss(labeled, labels) if len(labels) else labeled.sum()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -70,25 +71,27 @@ class Batch:
         """Split into micro-batches of at most ``size`` images, as even as possible.
 
         None has a single image, which BatchNorm cannot normalize; so 3 images are one batch for ``size`` 2.
-        Each has a labeled image.
+        Labeled images are spread over all; some may have none.
         """
         if size is None or size >= len(self):
             yield self
             return
-        labeled = len(self.labels)
-        parts = max(1, min(math.ceil(len(self) / size), len(self) // 2, labeled))
-        for part in range(parts):
-            first, last = (
-                slice(start + count * part // parts, start + count * (part + 1) // parts)
-                for start, count in ((0, labeled), (labeled, len(self) - labeled))
-            )
+        images, labeled, parts = len(self), len(self.labels), count_parts(len(self), size)
+        for start, end in pairwise(images * part // parts for part in range(parts + 1)):
+            first = slice(labeled * start // images, labeled * end // images)
+            last = slice(labeled + start - first.start, labeled + end - first.stop)
 
             def take(x: Tensor, first: slice = first, last: slice = last) -> Tensor:
-                return x[first] if labeled == len(self) else torch.cat([x[first], x[last]])
+                return x[first] if labeled == images else torch.cat([x[first], x[last]])
 
             teachers = self.teachers and [{name: take(x) for name, x in t.items()} for t in self.teachers]
             teacher_pixels = None if self.teacher_pixels is None else take(self.teacher_pixels)
             yield Batch(take(self.pixels), self.labels[first], take(self.keys), teachers, teacher_pixels)
+
+
+def count_parts(images: int, size: int | None) -> int:
+    """Return the number of micro-batches of a step, see ``Batch.split``."""
+    return 1 if size is None else max(1, min(math.ceil(images / size), images // 2))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A training within a run: its hyperparameters, engine, micro-batches, validation, log and checkpoint."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ from ..runs.results import Epoch
 from ..runs.threads import ThreadTuner
 from .context import RunContext
 from .engine_search import check_compilation, find_fastest_engine
-from .loop import Batch, BatchSource, train
+from .loop import Batch, BatchSource, count_parts, train
 from .metrics import peak_flops, peak_memory, utilization
 from .optimizer import Plan, build_optimizer
 from .task import DistillationTask
@@ -125,15 +126,15 @@ class MicroBatch:
 
     def _halve(self) -> None:
         ranks, device = self.context.ranks, self.context.device
-        rank_batch = self.plan.images // ranks.count
-        before = min(self.size or rank_batch, rank_batch)
+        images = self.plan.images // ranks.count
+        before = math.ceil(images / count_parts(images, self.size))
         size = max(MIN_MICRO_BATCH, before // 2)
         if ranks.count > 1:
             raise JobError(
                 f"Rank {ranks.rank}: not enough memory on {device} for {before} images of a step. Use "
                 f"--micro-batch {size}, which accumulates the gradients of a step."
             )
-        if size >= before:
+        if math.ceil(images / count_parts(images, size)) >= before:
             raise JobError(
                 f"Not enough memory on {device} for {before} images. Use a smaller network or --image-size."
             )

@@ -163,6 +163,7 @@ CASES = {
     **{name: Case(name) for name in methods.METHODS},
     "cached": Case("+".join(methods.METHODS), is_cached=True),
     "unlabeled images": Case("quest+kd+mimic", labeled=5),
+    "micro-batch without labels": Case("quest+dkd+mimic", labeled=2, micro_batch=2),
     "quest.top": Case("quest", settings={"quest.words": WORDS, "quest.top": 3}),
     "quest.positions": Case("quest", settings={"quest.words": WORDS, "quest.positions": 4}),
     "quest.positions, cached": Case("quest", settings={"quest.positions": 4}, is_cached=True),
@@ -174,6 +175,7 @@ CASES = {
     "multi-label": Case("quest+kd+mimic", task="multi-label"),
     "detection": Case("quest+mimic+pkd", "detection", RETINANET, RETINANET),
     "detection by regions": Case("mimic", "detection", FASTERRCNN, FASTERRCNN),
+    "detection without labels": Case("pkd", "detection", FASTERRCNN, FASTERRCNN, labeled=1, micro_batch=4),
 }  # fmt: skip
 
 

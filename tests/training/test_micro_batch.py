@@ -57,7 +57,7 @@ def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[d
 
 
 @pytest.mark.parametrize("make", [quest, kd])
-@pytest.mark.parametrize(("size", "labeled"), [(2, None), (3, None), (4, None), (7, None), (3, 11), (2, 5)])
+@pytest.mark.parametrize(("size", "labeled"), [(2, None), (3, None), (4, None), (7, None), (3, 11), (4, 2)])
 def test_micro_batches_have_the_gradients_and_losses_of_the_batch(
     make: Any, size: int, labeled: int | None
 ) -> None:
@@ -87,13 +87,17 @@ def test_micro_batches_are_even_and_have_at_least_two_images(
     assert torch.equal(torch.cat([part.keys for part in batches]), batch(images).keys)
 
 
-def test_every_micro_batch_has_its_part_of_the_labeled_images_first() -> None:
-    given = batch(16, labeled=5)
-    parts = list(given.split(2))
-    assert [(len(part), len(part.labels)) for part in parts] == [(3, 1), (3, 1), (3, 1), (3, 1), (4, 1)]
+@pytest.mark.parametrize(
+    ("labeled", "size", "counts"),
+    [(5, 2, [0, 1, 0, 1, 1, 0, 1, 1]), (2, 4, [0, 1, 0, 1]), (15, 6, [4, 5, 6])],
+)
+def test_labeled_images_are_the_first_of_their_micro_batches(labeled: int, size: int, counts: Any) -> None:
+    given = batch(16, labeled)
+    parts = list(given.split(size))
+    assert [len(part.labels) for part in parts] == counts and max(map(len, parts)) <= size
     assert torch.equal(torch.cat([part.labels for part in parts]), given.labels)
-    assert torch.equal(torch.stack([part.keys[0] for part in parts]), given.keys[:5])
-    assert torch.equal(torch.cat([part.keys[1:] for part in parts]), given.keys[5:])
+    keys = [part.keys.split([n, len(part) - n]) for n, part in zip(counts, parts, strict=True)]
+    assert torch.equal(torch.cat([torch.cat(some) for some in zip(*keys, strict=True)]), given.keys)
 
 
 def test_gradient_ratio_of_micro_batches_is_that_of_the_batch() -> None:
@@ -196,6 +200,10 @@ def test_out_of_memory_errors_of_every_library_are_recognized(error: Exception) 
     assert sizes == [None, 8, 4] and context.folder.record.micro_batches["student"].size == 4
     with pytest.raises(ValueError, match="another"):
         MicroBatch(context, "student", plan()).run(lambda _: (_ for _ in ()).throw(ValueError("another")))
+    sizes.clear()
+    with pytest.raises(JobError, match="Not enough memory on cpu for 3 images"):  # 2, 2, 2 and 3 again
+        MicroBatch(context, "qat", plan(batch_size=5, unlabeled=4)).run(train)
+    assert sizes == [None, 4]
     context.ranks, sizes = Ranks(1, 2), []
     with pytest.raises(JobError, match="Rank 1: not enough memory on cpu for 4 images"):
         MicroBatch(context, "student", plan(batch_size=16)).run(train)

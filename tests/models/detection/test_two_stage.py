@@ -99,6 +99,7 @@ def test_losses_are_torchvisions_and_reach_all_weights() -> None:
     torch.manual_seed(5)
     features = read_network(network)(images(3), ALL | {"losses"}, rows)
     losses = features["losses"]
+    assert read_network(network)(images(3), frozenset({"losses"}), rows[:0])["losses"].tolist() == [0]
     scale = torch.tensor([128.0, 96.0, 128.0, 96.0])
     kept = [rows[0, [0, 2]], rows[1, :0], rows[2, :1]]
     targets = [{"boxes": row[:, 1:5] * scale, "labels": row[:, 0].long() + 1} for row in kept]
