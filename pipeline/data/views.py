@@ -203,14 +203,15 @@ def draw_order(seed: int, epoch: int, keys: Tensor) -> Tensor:
     return torch.argsort(_number(random_words(seed, keys, epoch, _ORDER)), stable=True)
 
 
-def draw_endless_order(seed: int, start: int, end: int, keys: Tensor) -> Tensor:
-    """Return the part from ``start`` to ``end`` of an endless order, indices int64: pass after pass.
+def draw_endless_order(seed: int, start: int, end: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part from ``start`` to ``end`` of an endless order: indices and numbers of passes, int64.
 
     Every pass contains all images in another order, ``draw_order`` of the pass's number.
     """
     first, last = start // len(keys), -(-end // len(keys))
     order = torch.cat([draw_order(seed, number, keys) for number in range(first, max(first + 1, last))])
-    return order[start - first * len(keys) : end - first * len(keys)]
+    order = order[start - first * len(keys) : end - first * len(keys)]
+    return order, torch.arange(start, end) // len(keys)
 
 
 def method_keys(seed: int, keys: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ FIXED_SEED = 0
 
 @dataclass(frozen=True)
 class ViewSchedule:
-    """View numbers by epoch; the views themselves are drawn with ``view_seed``.
+    """View numbers by epoch, or by pass over unlabeled images; views are drawn with ``view_seed``.
 
     - ``views`` is None: a new view in each epoch, drawn with the run's seed.
     - ``views`` V: V fixed views in turn, the same for all seeds.
@@ -298,11 +299,12 @@ class ViewSchedule:
     def view_seed(self) -> int:
         return self.seed if self.views is None else FIXED_SEED
 
-    def numbers(self, keys: Tensor, epoch: int) -> Tensor:
-        """Return the view number of each image [N] in an epoch."""
+    def numbers(self, keys: Tensor, epochs: Tensor | int) -> Tensor:
+        """Return the view number of each image [N] in its epoch, or if it is unlabeled in its pass."""
+        epochs = torch.zeros_like(keys) + epochs
         if self.covers_all:
-            return to_listed_numbers(self.policy, self.seed, keys, torch.full_like(keys, epoch))
-        return torch.full_like(keys, self.epoch_views(epoch).start)
+            return to_listed_numbers(self.policy, self.seed, keys, epochs)
+        return epochs if self.fixed is None else epochs % self.fixed
 
     def epoch_views(self, epoch: int) -> range:
         """Return the view numbers that may occur in an epoch."""

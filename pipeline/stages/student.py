@@ -90,8 +90,12 @@ def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) 
         unlabeled_ratio=o.unlabeled_ratio or 0.0,
     )
     schedule = view_schedule(o, data.policy, round_.seed)
+    labeled, images = len(data.train.labeled), len(data.train.images)
+    # Unlabeled images show a view in each pass over them, of which there may be more than epochs.
+    epochs = max(o.epochs, plan.passes(o.epochs - 1, labeled, images - labeled).stop)
     if cache is not None:
-        _note_cache(context, data, cache, schedule)
+        cache.open(schedule.epoch_views(0))
+        _note_cache(context, cache, _cache_use(cache, schedule, epochs))
     run_training(
         context, data, task, plan, training=round_.training, spec=spec, schedule=schedule, cache=cache
     )
@@ -100,7 +104,7 @@ def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) 
         _note_balance(context, task, balanced)
     if cache is not None and is_main:
         # For the report: including those of an interrupted run.
-        cache.open_cached(schedule.all_views(o.epochs))
+        cache.open_cached(schedule.all_views(epochs))
     outputs = [spec.file]
     shipped = task.shipped
     if is_main and round_.ships and built:
@@ -124,7 +128,7 @@ def train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) 
         "balance": [weight.model_dump() for weight in balanced],
     }
     if cache is not None:
-        facts["teacher_cache"] = _cache_use(cache, schedule, o.epochs).model_dump()
+        facts["teacher_cache"] = _cache_use(cache, schedule, epochs).model_dump()
     if o.rounds > 1:
         row = _describe_round(context, data, shipped, subject)
         facts["rounds"] = [*previous.get("rounds", [])[: round_.index], row.model_dump(exclude_none=True)]
@@ -158,15 +162,12 @@ def _cache_use(cache: TeacherCache, schedule: ViewSchedule, epochs: int) -> Teac
     )
 
 
-def _note_cache(context: RunContext, data: TrainingData, cache: TeacherCache, schedule: ViewSchedule) -> None:
-    cache.open(schedule.epoch_views(0))
-    assert context.options.epochs is not None
-    use, images = _cache_use(cache, schedule, context.options.epochs), len(data.train.images)
+def _note_cache(context: RunContext, cache: TeacherCache, use: TeacherCacheUse) -> None:
     views = f"all {use.views} views" if use.complete else format.plural(use.views, "fixed view")
     lost = "" if use.lost_mass is None else f", without {format.significant(100 * use.lost_mass)} % of p_T"
     context.display.note(
         f"teacher outputs for {views} of each image are cached in {context.cache.root}: "
-        f"{use.bytes_per_view // images:,} bytes per image and view{lost}, "
+        f"{use.bytes_per_view // cache.images:,} bytes per image and view{lost}, "
         f"{format.megabytes(use.views * use.bytes_per_view)} in total"
     )
 

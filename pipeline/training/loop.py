@@ -112,9 +112,12 @@ class BatchSource:
     def open(self, epoch: int) -> None:
         """Open the cached teacher outputs of an epoch, and compute the missing ones."""
         if self.cache is not None:
-            self.cache.open(self.schedule.epoch_views(epoch))
+            labeled = len(self.views.labels)
+            passes = self.plan.passes(epoch, labeled, len(self.views) - labeled)
+            views = sorted({view for e in (epoch, *passes) for view in self.schedule.epoch_views(e)})
+            self.cache.open(views)
             if self.device.type != "cpu":
-                self.cache.load_to_device(self.schedule.epoch_views(epoch), self.device)
+                self.cache.load_to_device(views, self.device)
 
     def first(self) -> Batch:
         """Return the batch of the first step."""
@@ -126,25 +129,25 @@ class BatchSource:
         keys, labeled = self.views.keys, len(self.views.labels)
         size, extra = self.plan.batch_size, self.plan.unlabeled
         order = draw_order(self.plan.seed, epoch, keys[:labeled])
-        numbers = self.schedule.numbers(keys, epoch)
+        numbers = self.schedule.numbers(keys[:labeled], epoch)
         draws = method_keys(self.plan.seed, keys)
         parts = [order[step * size : (step + 1) * size] for step in range(start, steps)]
-        parts = [part[self.ranks.part(len(part))] for part in parts]
+        plan = [(rows, numbers[rows]) for rows in (part[self.ranks.part(len(part))] for part in parts)]
         if extra:
             first, last = (extra * (epoch * steps + step) for step in (start, steps))
-            others = labeled + draw_endless_order(self.plan.seed, first, last, keys[labeled:])
-            rows = self.ranks.part(extra)
-            parts = [torch.cat(pair) for pair in zip(parts, others.view(-1, extra)[:, rows], strict=True)]
+            others, passes = draw_endless_order(self.plan.seed, first, last, keys[labeled:])
+            others = others + labeled
+            shown = (others, self.schedule.numbers(keys[others], passes))
+            more = zip(*(x.view(-1, extra)[:, self.ranks.part(extra)] for x in shown), strict=True)
+            plan = [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(plan, more, strict=True)]
         teacher_size = self.teacher_size if self.teacher_size != self.views.size else None
-        views = self.views.batches(
-            ((indices, numbers[indices]) for indices in parts), self.device, teacher_size
-        )
+        views = self.views.batches(plan, self.device, teacher_size)
 
         def complete() -> Iterator[Batch]:
-            for indices, (pixels, labels, *more) in zip(parts, views, strict=True):
+            for (indices, numbers), (pixels, labels, *more) in zip(plan, views, strict=True):
                 teachers: Sequence[Features] | None = None
                 if self.cache is not None:
-                    teachers = self.cache.batch(indices, numbers[indices], self.device)
+                    teachers = self.cache.batch(indices, numbers, self.device)
                 elif self.compute_teachers is not None:
                     teachers, more = self.compute_teachers(*more or [pixels]), []
                 yield Batch(pixels, labels, to_device(draws[indices], self.device), teachers, *more)

@@ -53,6 +53,11 @@ class Plan:
         """Return the steps per epoch of this number of labeled images: full batches, but at least one."""
         return max(1, labeled // self.batch_size)
 
+    def passes(self, epoch: int, labeled: int, unlabeled: int) -> range:
+        """Return the passes over this number of unlabeled images from which an epoch's steps draw."""
+        drawn = self.unlabeled * self.steps(labeled)
+        return range(epoch * drawn // unlabeled, -(-(epoch + 1) * drawn // unlabeled)) if drawn else range(0)
+
 
 class OneCycle(Scheduler):
     """Raise the learning rate to its peak within ``warmup`` steps and lower it to nearly 0, both by cosines.

@@ -89,7 +89,7 @@ class TeacherCache:
         self._open: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._on_device: list[dict[str, Tensor]] = []
         """Each teacher's arrays [V·N,…] of the V views ``_device_views``."""
-        self._device_views = range(0)
+        self._device_views = torch.empty(0, dtype=torch.int64)
 
     @property
     def bytes_per_view(self) -> int:
@@ -104,7 +104,7 @@ class TeacherCache:
         """Return the entry of each output of a teacher for a view; None if it is absent or damaged."""
         return [self.cache.get(KIND, self.key(t, output, view)) for output in self.sources[t].outputs]
 
-    def open(self, views: range) -> None:
+    def open(self, views: Sequence[int]) -> None:
         """Open the outputs for these views, and compute the missing ones."""
         for t, source in enumerate(self.sources):
             missing: dict[int, list[Path | None]] = {}
@@ -141,11 +141,11 @@ class TeacherCache:
             for name, array in map_arrays(entry, output).items()
         }
 
-    def load_to_device(self, views: range, device: torch.device) -> None:
-        """Keep the outputs for these views only on a device, if they fit."""
-        if views == self._device_views:
+    def load_to_device(self, views: Sequence[int], device: torch.device) -> None:
+        """Keep the outputs for these views only, in ascending order, on a device, if they fit."""
+        if list(views) == self._device_views.tolist():
             return
-        self._on_device, self._device_views = [], views
+        self._on_device, self._device_views = [], torch.tensor(views)
         if self.bytes_per_view * len(views) <= DEVICE_FRACTION * free_memory(str(device)):
             opened = [[self._open[t, view] for view in views] for t in range(len(self.sources))]
             self._on_device = [
@@ -156,7 +156,7 @@ class TeacherCache:
     def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Features]:
         """Return each teacher's outputs for opened views ``views`` of images ``indices``, int64 [B] both."""
         if self._on_device:
-            rows = to_device((views - self._device_views.start) * self.images + indices, device)
+            rows = to_device(torch.searchsorted(self._device_views, views) * self.images + indices, device)
             return [{name: array[rows] for name, array in teacher.items()} for teacher in self._on_device]
         return [self._read_batch(t, indices, views, device) for t in range(len(self.sources))]
 

@@ -46,6 +46,8 @@ def test_training_on_all_cached_views_equals_online_views(views):
     for epoch in (0, 1, 17, 300):
         assert torch.equal(shown(cached, epoch), shown(online, epoch))
         assert set(cached.numbers(KEYS, epoch).tolist()) <= set(cached.epoch_views(epoch))
+    epochs = torch.arange(COUNT)
+    assert cached.numbers(KEYS, epochs)[9] == cached.numbers(KEYS, 9)[9]
     assert len(cached.epoch_views(0)) == len(cached.all_views(2)) == 50
     assert cached.epoch_views(0)[0] == FIRST_LISTED
 

@@ -208,11 +208,13 @@ def test_order_of_images_is_independent_of_other_images() -> None:
 
 def test_endless_order_has_every_image_once_in_each_pass() -> None:
     keys = keys_of(7)
-    order = draw_endless_order(3, 0, 21, keys)
+    order, passes = draw_endless_order(3, 0, 21, keys)
+    assert passes.equal(torch.arange(3).repeat_interleave(7))
     assert order.equal(torch.cat([draw_order(3, number, keys) for number in range(3)]))
     for start in range(20):
         for end in range(start, 21):
-            assert draw_endless_order(3, start, end, keys).equal(order[start:end])
+            part, numbers = draw_endless_order(3, start, end, keys)
+            assert part.equal(order[start:end]) and numbers.equal(passes[start:end])
 
 
 def test_orders_of_two_epochs_are_uncorrelated() -> None:
