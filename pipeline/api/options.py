@@ -10,7 +10,6 @@ import yaml
 from pydantic import ValidationError
 
 from ...models.build import check_size, default_image_size, is_detector
-from ...models.catalog import has_pretrained
 from ...models.errors import ModelError
 from .. import methods
 from ..config import defaults, recipes
@@ -19,6 +18,7 @@ from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
 from ..methods.shapes import check_methods
 from ..runs.files import DIGITS, data_text
+from ..training.weights import starts_from_scratch
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
 
@@ -100,13 +100,6 @@ def check_optimizer(name: str) -> None:
         near = get_close_matches(name, names, n=3)
         advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
         raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
-
-
-def starts_from_scratch(chosen: Options) -> bool:
-    """Return True if the student starts without weights."""
-    if chosen.student_weights != "auto":
-        return chosen.student_weights == "none"
-    return not has_pretrained(chosen.student)
 
 
 def default_size(data: str, student: str, teachers: Sequence[str]) -> int:

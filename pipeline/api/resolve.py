@@ -32,8 +32,8 @@ from ..runs.cache import Cache
 from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
-from ..training.weights import check_weights_file
-from .options import check_optimizer, choose_method, default_size, fill_digits, starts_from_scratch
+from ..training.weights import check_weights_file, starts_from_scratch
+from .options import check_optimizer, choose_method, default_size, fill_digits
 
 MAX_STRETCH = 1.1
 """Largest difference in shape between the student's input and the teacher's."""

@@ -68,6 +68,8 @@ class Setup:
     student: Shapes
     teachers: Sequence[Shapes]
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    from_scratch: bool = False
+    """True if the student has no pretrained weights."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Method(nn.Module):
     prepares: ClassVar[bool] = False
     weights: ClassVar[frozenset[str]] = frozenset()
     """Parameters that weight the loss. ``--balance auto`` is off if the user sets one of them."""
-    gradient_ratio: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    gradient_ratio: tuple[float, float] = (0.0, math.inf)
     """Range in which the method is known to work: the norm of the loss gradient divided by that of the
     cross-entropy, at the student's last map in the first steps (see ``gradient_balance.py``). By default it
     is unknown and the weight is never adjusted."""

@@ -29,7 +29,7 @@ from .context import Round, RunContext
 from .task import DistillationTask
 from .teacher_cache import TeacherCache, TeacherSource
 from .trainer import choose_run_engine
-from .weights import load_teacher
+from .weights import load_teacher, starts_from_scratch
 
 HEADS = "student.heads.safetensors"
 """The methods' heads in the run folder, for quantization-aware training."""
@@ -70,7 +70,7 @@ def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Metho
         return {}
     parameters = methods.parse_parameters(names, options.settings)
     classes = {name: methods.load(name) for name in names}
-    setup = method_setup(round_)
+    setup = replace(method_setup(round_), from_scratch=starts_from_scratch(options))
     width = student_width(options, round_)
     if width is not None:
         setup = replace(setup, student=replace(setup.student, vector=width))

@@ -99,6 +99,13 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
     check_published(published, download=download)
 
 
+def starts_from_scratch(options: Options) -> bool:
+    """Return True if the student starts without weights."""
+    if options.student_weights != "auto":
+        return options.student_weights == "none"
+    return not has_pretrained(options.student)
+
+
 def check_weights_file(source: str, role: str) -> None:
     """Raise UsageError unless ``--teacher-weights`` or ``--student-weights`` is auto, none or a file."""
     path = Path(source)

@@ -129,7 +129,7 @@ def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> Non
     assert "the weight of quest was multiplied by" in result.stderr
     report = json.loads((out / "report.json").read_text())
     [entry] = report["balance"]
-    assert entry["method"] == "quest"
+    assert (entry["method"], entry["low"], entry["high"]) == ("quest", 8, 16), "a student from scratch"
     assert entry["factor"] == pytest.approx(entry["high"] / entry["ratio"], rel=1e-4)
     assert "balance.quest" in (out / "report.html").read_text()
 
