@@ -69,11 +69,14 @@ class Dkd(LogitMethod):
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
         z_t = teacher_logits(batch.teachers, self.tau, self.standardize)
         z_s = student_logits(batch.student, self.standardize)
-        labels = batch.complete_labels(z_t)
-        b_t, q_t = decouple(z_t / self.tau, labels)
-        b_s, q_s = decouple(z_s / self.tau, labels)
+        loss = self.compare(z_s, z_t, batch.complete_labels(z_t)).mean()
+        return {"dkd": self.warmup_factor(batch.epoch) * loss}
+
+    def compare(self, z_s: Tensor, z_t: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss [B] of logits [B,N] without the warm-up."""
+        (b_s, q_s), (b_t, q_t) = (decouple(z / self.tau, labels) for z in (z_s, z_t))
         kl = self.alpha * divergence(b_s, b_t) + self.beta * divergence(q_s, q_t)
-        return {"dkd": self.warmup_factor(batch.epoch) * self.weight * self.tau**2 * kl}
+        return self.weight * self.tau**2 * kl
 
     def warmup_factor(self, epoch: int) -> float:
         return min(1.0, (epoch + 1) / self.warmup) if self.warmup else 1.0

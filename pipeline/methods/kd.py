@@ -59,4 +59,4 @@ class Kd(logits.LogitMethod):
         else:
             z_t = logits.teacher_logits(batch.teachers, self.tau, self.standardize)
             kl = logits.divergence(F.log_softmax(z_s / self.tau, dim=1), F.log_softmax(z_t / self.tau, dim=1))
-        return {"kd": self.weight * self.tau**2 * kl}
+        return {"kd": self.weight * self.tau**2 * kl.mean()}

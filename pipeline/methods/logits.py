@@ -48,8 +48,8 @@ def teacher_logits(teachers: Sequence[Features], tau: float, standardized: bool 
 
 
 def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
-    """Return KL(p_T ‖ p_S), the mean over the batch, from log-probabilities [B,N]."""
-    return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+    """Return KL(p_T ‖ p_S) [B] from log-probabilities [B,N]."""
+    return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)
 
 
 def binary_teacher_logits(teachers: Sequence[Features], tau: float) -> Tensor:
@@ -63,7 +63,7 @@ def binary_teacher_logits(teachers: Sequence[Features], tau: float) -> Tensor:
 
 
 def binary_divergence(z_s: Tensor, z_t: Tensor) -> Tensor:
-    """Return KL of (σ(z), 1 − σ(z)) from logits [B,N], the sum over classes and the mean over the batch."""
+    """Return KL of (σ(z), 1 − σ(z)) [B] from logits [B,N], the sum over classes."""
     p_t = z_t.sigmoid()
     present, absent = (F.logsigmoid(sign * z_t) - F.logsigmoid(sign * z_s) for sign in (1, -1))
-    return (p_t * present + (1 - p_t) * absent).sum(1).mean()
+    return (p_t * present + (1 - p_t) * absent).sum(1)

@@ -16,7 +16,6 @@ without one is the teacher's prediction: a cell of it is complementary if its pr
 """
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -54,17 +53,9 @@ class Sdd(dkd.Dkd):
         labels = batch.complete_labels(z_t.view(images, self.cells, -1)[:, 0])[:, None].expand(-1, self.cells)
         correct = z_t.argmax(1).view(images, self.cells) == labels
         w = torch.where(correct != correct[:, :1], self.complementary, 1.0).flatten()
-        b_t, q_t = dkd.decouple(z_t / self.tau, labels.flatten())
-        b_s, q_s = dkd.decouple(z_s / self.tau, labels.flatten())
-        kl = self.alpha * divergences(b_s, b_t) + self.beta * divergences(q_s, q_t)
-        scale = self.warmup_factor(batch.epoch) * self.weight * self.tau**2
-        return {"sdd": scale * (w * kl).mean()}
+        loss = (w * self.compare(z_s, z_t, labels.flatten())).mean()
+        return {"sdd": self.warmup_factor(batch.epoch) * loss}
 
     def _flatten(self, features: base.Features) -> dict[str, Tensor]:
         """Return logits [B·cells,N], the cells of an image one after the other."""
         return {"logits": features["cells"][:, : self.cells].flatten(0, 1)}
-
-
-def divergences(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
-    """Return KL(p_T ‖ p_S) [B] from log-probabilities [B,N]."""
-    return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import TaskName
 from . import base
-from .logits import LogitMethod, student_logits, teacher_logits
+from .logits import LogitMethod, divergence, student_logits, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -54,5 +54,4 @@ class Wttm(LogitMethod):
         log_p_s = F.log_softmax(student_logits(batch.student), dim=1)
         powers = self.gamma * F.log_softmax(teacher_logits(batch.teachers, 1 / self.gamma), dim=1)
         u = powers.logsumexp(1).exp()
-        kl = F.kl_div(log_p_s, powers.log_softmax(1), reduction="none", log_target=True).sum(1)
-        return {"wttm": self.beta * (u * kl).mean()}
+        return {"wttm": self.beta * (u * divergence(log_p_s, powers.log_softmax(1))).mean()}
