@@ -13,6 +13,7 @@ from questpress.pipeline.methods.feed import Feed, direction_error
 from safetensors.torch import load_file
 
 from tests.support import little
+from tests.support.toys import check_gradients
 
 B, C_S = 3, 4
 STUDENT, FINER, COARSER = (C_S, 4, 6), (5, 8, 6), (2, 2, 3)
@@ -114,13 +115,7 @@ def test_error_of_each_teacher_is_a_metric() -> None:
 @pytest.mark.parametrize("settings", [{}, {"transform": "linear"}])
 def test_gradients_equal_finite_differences(settings: dict[str, Any]) -> None:
     method = feed(FINER, COARSER, **settings)
-    teachers = [readout(X_T), readout(X_U)]
-
-    def of_map(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = method(Batch({"map": x}, teachers, LABELS, 0))["feed"]
-        return result
-
-    assert torch.autograd.gradcheck(of_map, torch.tensor(X_S, requires_grad=True))
+    check_gradients(method, "map", X_S, [readout(X_T), readout(X_U)], LABELS)
 
 
 @pytest.mark.parametrize("size", [(16, 4, 4), (64, 8, 8), (512, 7, 7)])

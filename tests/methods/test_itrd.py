@@ -9,6 +9,8 @@ from questpress.pipeline import methods
 from questpress.pipeline.methods import itrd
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 
+from tests.support.toys import check_gradients
+
 B = 6
 RNG = np.random.default_rng(0)
 F_S, F_T, F_U = (RNG.normal(size=(B, d)) for d in (4, 5, 4))
@@ -108,10 +110,4 @@ def cosines(f: np.ndarray) -> np.ndarray:
 
 def test_gradients_equal_finite_differences() -> None:
     method = build({}, F_T).double()
-    teacher = [{"vector": torch.from_numpy(F_T)}]
-
-    def of_vectors(f: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = method(Batch({"vector": f}, teacher, NO_LABELS))["itrd"]
-        return result
-
-    assert torch.autograd.gradcheck(of_vectors, torch.from_numpy(F_S).clone().requires_grad_())
+    check_gradients(method, "vector", F_S, [{"vector": torch.from_numpy(F_T)}], NO_LABELS)

@@ -14,9 +14,12 @@ from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.methods import base
 from questpress.pipeline.methods.base import Batch, PrepareContext, Setup, Shapes
 from questpress.pipeline.methods.mimic import mimic
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.hashes import digest
 from safetensors.torch import load_file
 
 from tests.support import little
+from tests.support.toys import check_gradients
 
 B, D, N, M = 6, 5, 4, 7
 RNG = np.random.default_rng(0)
@@ -119,13 +122,8 @@ def test_each_teacher_is_matched_by_its_part_of_the_vector() -> None:
 
 @pytest.mark.parametrize("variant", ["l2", "lsh", "lshl2", "lshl2_s"])
 def test_gradients_equal_finite_differences(variant: str) -> None:
-    method = made({"variant": variant})
     teacher = {"vector": torch.from_numpy(F_T), "logits": torch.from_numpy(Z_T)}
-
-    def compute(f_s: torch.Tensor) -> torch.Tensor:
-        return method(Batch({"vector": f_s}, [teacher], torch.from_numpy(LABELS), 0))["mimic"]
-
-    assert torch.autograd.gradcheck(compute, torch.from_numpy(F_S).requires_grad_())
+    check_gradients(made({"variant": variant}), "vector", F_S, [teacher], LABELS)
 
 
 def test_metrics_measure_the_feature_distance() -> None:
@@ -190,11 +188,8 @@ class Context:
         return ({"vector": batch} for batch in self.vectors.split(7))
 
     def shared(self, _t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        folder = self.path / f"{kind}-{hash(str(sorted(key.items())))}"
-        if not folder.exists():
-            folder.mkdir()
-            write(folder)
-        return folder
+        cache, name = Cache(self.path), digest(key)
+        return cache.get(kind, name) or cache.put(kind, name, write)
 
     def prepare(self, **settings: Any) -> Any:
         teacher = shapes(self.vectors.shape[1], 0 if self.classifier is None else N)

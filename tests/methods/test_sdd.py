@@ -12,6 +12,7 @@ from questpress.pipeline.methods.sdd import Sdd
 from questpress.pipeline.methods.shapes import check_methods
 
 from tests.methods.test_logit_methods import kl, softmax
+from tests.support.toys import check_gradients
 
 B, N = 5, 4
 RNG = np.random.default_rng(0)
@@ -99,10 +100,4 @@ def test_networks_whose_classifier_is_not_linear_on_the_map_are_refused(
 
 
 def test_gradients_equal_finite_differences() -> None:
-    method, teacher = build({"finest": 2}), [{"cells": torch.from_numpy(C_T)}]
-
-    def of_cells(c: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = method(Batch({"cells": c}, teacher, torch.from_numpy(LABELS), 99))["sdd"]
-        return result
-
-    assert torch.autograd.gradcheck(of_cells, torch.from_numpy(C_S).clone().requires_grad_())
+    check_gradients(build({"finest": 2}), "cells", C_S, [{"cells": torch.from_numpy(C_T)}], LABELS)

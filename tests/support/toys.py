@@ -12,7 +12,7 @@ from questpress.models.build import build, geometry
 from questpress.pipeline.data.dataset import Image, hash_array
 from questpress.pipeline.data.render import Views, pack_pixels
 from questpress.pipeline.data.views import ViewPolicy, ViewSchedule
-from questpress.pipeline.methods.base import Setup, Shapes
+from questpress.pipeline.methods.base import Batch, Features, Method, Setup, Shapes
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
@@ -123,3 +123,13 @@ def state(task: DistillationTask) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def check_gradients(method: Method, read: str, f: np.ndarray, teachers: list[Features], labels: Any) -> None:
+    """Compare the gradients of a method's loss with finite differences, in double precision."""
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        [loss] = method(Batch({read: x}, teachers, torch.as_tensor(labels), 99)).values()
+        return loss
+
+    assert torch.autograd.gradcheck(compute, torch.tensor(f, requires_grad=True))
