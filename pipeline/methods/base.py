@@ -256,6 +256,18 @@ def _half(read: str, shapes: Shapes) -> CachedOutput:
     )
 
 
+def to_fp32(x: Tensor) -> Tensor:
+    """Return a tensor in fp32 or wider; sums, softmax and divergences lose too much in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def standardize(f: Tensor, *dims: int) -> Tensor:
+    """Return ``f`` in fp32 or wider with mean 0 and std 1 over these dimensions; 0 if it is constant."""
+    f, count = to_fp32(f), math.prod(f.shape[dim] for dim in dims)
+    std, mean = torch.std_mean(f, dim=dims, keepdim=True, correction=min(1, count - 1))
+    return (f - mean) / (std + 1e-6)
+
+
 def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
     """Return the grid (H, W) at which two maps (C, H, W) are compared: the coarser of the two."""
     return min(student[1], teacher[1]), min(student[2], teacher[2])

@@ -130,7 +130,7 @@ def direction_error(x_t: Tensor, translated: Tensor) -> Tensor:
 def to_unit(x: Tensor) -> Tensor:
     """Flatten maps [B,C,H,W] and scale them to length 1: [B,C·H·W], fp32 or wider. Zeros stay zeros."""
     with torch.autocast(x.device.type, enabled=False):
-        flat = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
+        flat = base.to_fp32(x).flatten(1)
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         return flat / torch.where(length > 0, length, 1.0)
 

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from ..config import TaskName
 from . import base
 
-EPSILON = 1e-6
-
 
 class Parameters(base.Parameters):
     correlation: float = Field(2.0, ge=0, description="λ_corr, the weight of the correlation")
@@ -85,15 +83,7 @@ class Itrd(base.Method):
 
 def correlate(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the correlation c [D] of each dimension of vectors [B,D] over the batch, in fp32 or wider."""
-    a, b = (standardize(f) for f in (student, teacher))
-    return (a * b).mean(0)
-
-
-def standardize(f: Tensor) -> Tensor:
-    """Return vectors [B,D] with mean 0 and std 1 of each dimension over the batch; 0 if it is constant."""
-    f = f.to(torch.promote_types(f.dtype, torch.float32))
-    std, mean = torch.std_mean(f, dim=0, correction=min(1, len(f) - 1))
-    return (f - mean) / (std + EPSILON)
+    return (base.standardize(student, 0) * base.standardize(teacher, 0)).mean(0)
 
 
 def mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -105,5 +95,5 @@ def mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def cosines(f: Tensor) -> Tensor:
     """Return the cosines [B,B] of vectors [B,D], in fp32 or wider even under autocast."""
     with torch.autocast(f.device.type, enabled=False):
-        unit = F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=1)
+        unit = F.normalize(base.to_fp32(f), dim=1)
         return unit @ unit.T

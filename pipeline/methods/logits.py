@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Features, Method, Parameters, Shapes
+from .base import Features, Method, Parameters, Shapes, to_fp32
 
 
 class LogitMethod(Method):
@@ -16,11 +16,6 @@ class LogitMethod(Method):
     @classmethod
     def reads(cls, parameters: Parameters, network: Shapes) -> frozenset[str]:
         return frozenset({"logits"})
-
-
-def to_fp32(z: Tensor) -> Tensor:
-    """Return logits in fp32 or wider; softmax and divergence lose too much in half precision."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def standardize(z: Tensor) -> Tensor:

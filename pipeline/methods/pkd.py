@@ -23,8 +23,6 @@ from torch import Tensor
 from ..errors import UsageError
 from . import base
 
-EPSILON = 1e-6
-
 
 class Parameters(base.Parameters):
     alpha: float = Field(10.0, gt=0, description="α, the weight of the loss")
@@ -78,14 +76,7 @@ class Pkd(base.Method):
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean of ½(F̂_S − F̂_T)² of two maps [B,C,H,W], in fp32."""
-    student, teacher = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (student, teacher))
+    student, teacher = base.to_fp32(student), base.to_fp32(teacher)
     if student.shape[-2:] != teacher.shape[-2:]:
         student = F.interpolate(student, teacher.shape[-2:], mode="bilinear")
-    return F.mse_loss(normalize_channels(student), normalize_channels(teacher)) / 2
-
-
-def normalize_channels(f: Tensor) -> Tensor:
-    """Return a map [B,C,H,W] with mean 0 and variance 1 of each channel over B·H·W; 0 if that is 1."""
-    count = f.shape[0] * f.shape[2] * f.shape[3]
-    std, mean = torch.std_mean(f, dim=(0, 2, 3), keepdim=True, correction=min(1, count - 1))
-    return (f - mean) / (std + EPSILON)
+    return F.mse_loss(base.standardize(student, 0, 2, 3), base.standardize(teacher, 0, 2, 3)) / 2

@@ -254,7 +254,7 @@ class MimicTerm(nn.Module):
 
     def forward(self, f_s: Tensor, teacher: base.Features, batch: base.Batch) -> Tensor:
         """Return the scalar loss; ``f_s`` [B,D_T] is the part of the student's vector for this teacher."""
-        f_s = f_s.to(torch.promote_types(f_s.dtype, torch.float32))
+        f_s = base.to_fp32(f_s)
         f_t = teacher["vector"].to(f_s.dtype)
         losses = f_s.new_zeros(len(f_s))
         if self.variant != "lsh":
