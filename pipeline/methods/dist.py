@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..config import TaskName
 from . import base
 from .logits import LogitMethod, student_logits, teacher_logits
 
@@ -33,11 +32,7 @@ class Dist(LogitMethod):
     weights = frozenset({"inter", "intra"})
     # A third to three times the ratio of the authors' weight for resnet56 → resnet20 on CIFAR-10, 13.
     gradient_ratio = (4.0, 40.0)
-
-    @classmethod
-    def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        reason = "it correlates probabilities of mutually exclusive classes"
-        return None if task == "classification" else reason
+    exclusive = "it correlates probabilities of mutually exclusive classes"
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..config import TaskName
 from . import base
 from .logits import LogitMethod, divergence, student_logits, teacher_logits
 
@@ -53,11 +52,7 @@ class Dkd(LogitMethod):
     weights = frozenset({"alpha", "beta"})
     # A third to three times the ratio of the authors' weight (β = 2) for resnet56 → resnet20, 4.7.
     gradient_ratio = (1.5, 14.0)
-
-    @classmethod
-    def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        reason = "it separates the one label of an image from all other classes"
-        return None if task == "classification" else reason
+    exclusive = "it separates the one label of an image from all other classes"
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import TaskName
 from .base import Features, Method, Parameters, Shapes, to_fp32
 
 
 class LogitMethod(Method):
     """A method that reads the logits of student and teachers only."""
+
+    exclusive: ClassVar[str | None] = None
+    """Why the method requires classes that exclude each other."""
+
+    @classmethod
+    def unsupported(cls, parameters: Any, task: TaskName) -> str | None:
+        return None if task == "classification" else cls.exclusive
 
     @classmethod
     def reads(cls, parameters: Parameters, network: Shapes) -> frozenset[str]:

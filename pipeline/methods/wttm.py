@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..config import TaskName
 from . import base
 from .logits import LogitMethod, divergence, student_logits, teacher_logits
 
@@ -40,11 +39,7 @@ class Wttm(LogitMethod):
     weights = frozenset({"beta"})
     # A third to three times the ratio of β = 4 for resnet56 → resnet20 on CIFAR-10, 4.3.
     gradient_ratio = (1.5, 13.0)
-
-    @classmethod
-    def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        reason = "it transforms probabilities of mutually exclusive classes"
-        return None if task == "classification" else reason
+    exclusive = "it transforms probabilities of mutually exclusive classes"
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
