@@ -217,8 +217,7 @@ class Mimic(base.Method):
                 for head, maps, teacher in zip(self.heads, self.region_maps, batch.teachers, strict=True)
             ]
             losses = [
-                term(f_s, {"vector": f_t}, batch.labels)
-                for term, (f_s, f_t) in zip(self.terms, pairs, strict=True)
+                term(f_s, {"vector": f_t}, batch) for term, (f_s, f_t) in zip(self.terms, pairs, strict=True)
             ]
         else:
             parts = student["vector"].split(self.widths, dim=1)
