@@ -75,16 +75,15 @@ def hash_losses(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tenso
 def compute_loss(
     variant: str,
     weight: Tensor | None,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    towers: Sequence[tuple[Tensor, Tensor]],
     anchors: Tensor,
     labels: Tensor,
     sums: base.RunningSums,
 ) -> Tensor:
-    """Return the scalar loss of the towers' outputs [B,C,h,w] of all levels, in fp32 even under autocast."""
+    """Return the scalar loss of the towers of both, [B,C,h,w] of each level, in fp32 even under autocast."""
     with torch.autocast(labels.device.type, enabled=False):
         parts = []
-        for ours, theirs in zip(student, teacher, strict=True):
+        for ours, theirs in towers:
             dtype = torch.promote_types(ours.dtype, torch.float32)
             f_s, f_t = ours.to(dtype), theirs.to(dtype)
             losses = f_s.new_zeros(len(f_s), f_s.shape[-2] * f_s.shape[-1])

@@ -216,15 +216,10 @@ class Mimic(base.Method):
                 regions.pair_vectors(student, [teacher[name] for name in maps], cast(BoxHead, head))
                 for head, maps, teacher in zip(self.heads, self.region_maps, batch.teachers, strict=True)
             ]
-            losses = [
-                term(f_s, {"vector": f_t}, batch) for term, (f_s, f_t) in zip(self.terms, pairs, strict=True)
-            ]
         else:
-            parts = student["vector"].split(self.widths, dim=1)
-            losses = [
-                term(f_s, teacher, batch)
-                for term, f_s, teacher in zip(self.terms, parts, batch.teachers, strict=True)
-            ]
+            pairs = list(zip(student["vector"].split(self.widths, dim=1), batch.teachers, strict=True))
+        if not self.towers:
+            losses = [term(f_s, f_t, batch) for term, (f_s, f_t) in zip(self.terms, pairs, strict=True)]
         return {"mimic": self.beta * torch.stack(losses).mean()}
 
     def trains_projection_only(self, epoch: int) -> bool:
@@ -278,15 +273,8 @@ class MimicTerm(nn.Module):
         self, towers: Sequence[str], student: base.Features, teacher: base.Features, labels: Tensor
     ) -> Tensor:
         """Return the scalar loss of two detectors' patches; see ``dense.py``."""
-        return dense.compute_loss(
-            self.variant,
-            self.weight,
-            [student[name] for name in towers],
-            [teacher[name] for name in towers],
-            student["anchors"],
-            labels,
-            self.sums,
-        )
+        maps = [(student[name], teacher[name]) for name in towers]
+        return dense.compute_loss(self.variant, self.weight, maps, student["anchors"], labels, self.sums)
 
     def metrics(self) -> dict[str, Tensor]:
         sums = self.sums.take()

@@ -35,9 +35,11 @@ def select_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def pair_vectors(student: base.Features, maps: Sequence[Tensor], head: BoxHead) -> tuple[Tensor, Tensor]:
-    """Return the student's and the teacher's vectors [n,D] of the student's regions."""
+def pair_vectors(
+    student: base.Features, maps: Sequence[Tensor], head: BoxHead
+) -> tuple[Tensor, base.Features]:
+    """Return the student's vectors [n,D] and the teacher's, as ``vector``, of the student's regions."""
     regions = student["regions"].detach()
     is_used = (regions[..., 2:] > regions[..., :2]).all(2)
     listed = [boxes[used] for boxes, used in zip(regions, is_used, strict=True)]
-    return student["region_vectors"][is_used], head(maps, listed)
+    return student["region_vectors"][is_used], {"vector": head(maps, listed)}
