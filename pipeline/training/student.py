@@ -21,7 +21,7 @@ from ..data import augment
 from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
-from ..methods.base import Method, Setup, Shapes
+from ..methods.base import Method, Parameters, Setup, Shapes
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
 from ..runs.hashes import digest
@@ -54,34 +54,30 @@ def method_setup(round_: Round) -> Setup:
 
 def student_width(options: Options, round_: Round) -> int | None:
     """Return the width to which a method projects the student's vector, or None."""
-    names = methods.parse_methods(options.method)
-    if not names:
-        return None
-    parameters = methods.parse_parameters(names, options.settings)
-    setup = method_setup(round_)
-    widths = (methods.load(name).student_width(parameters[name], setup) for name in names)
+    setup, parameters = method_setup(round_), _method_parameters(options)
+    widths = (methods.load(name).student_width(chosen, setup) for name, chosen in parameters.items())
     return next((width for width in widths if width is not None), None)
+
+
+def _method_parameters(options: Options) -> dict[str, Parameters]:
+    return methods.parse_parameters(methods.parse_methods(options.method), options.settings)
 
 
 def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Method]:
     """Build the run's methods by name, from the tensors that ``prepare`` has left in the run folder."""
-    names = methods.parse_methods(options.method)
-    if not names:
-        return {}
-    parameters = methods.parse_parameters(names, options.settings)
-    classes = {name: methods.load(name) for name in names}
     setup = replace(method_setup(round_), from_scratch=starts_from_scratch(options))
-    width = student_width(options, round_)
-    if width is not None:
+    parameters = _method_parameters(options)
+    classes = {name: methods.load(name) for name in parameters}
+    if (width := student_width(options, round_)) is not None:
         setup = replace(setup, student=replace(setup.student, vector=width))
     prepared = load_file(run / round_.prepared) if any(c.prepares for c in classes.values()) else {}
     built: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_.seed)
-        for name in names:
+        for name, cls in classes.items():
             prefix = f"{name}."
             tensors = {k.removeprefix(prefix): v for k, v in prepared.items() if k.startswith(prefix)}
-            built[name] = classes[name](parameters[name], replace(setup, prepared=tensors))
+            built[name] = cls(parameters[name], replace(setup, prepared=tensors))
     return built
 
 
