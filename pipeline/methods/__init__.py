@@ -123,10 +123,8 @@ def check_task(parameters: Mapping[str, Parameters], task: TaskName) -> None:
     """Raise UsageError if one of the methods does not support a task."""
     for name, chosen in parameters.items():
         if reason := load(name).unsupported(chosen, task):
-            classes = {other: load(other) for other in list_methods()}
-            able = [
-                other for other, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
-            ]
+            classes = {other: load(other) for other in list_methods()}.items()
+            able = [other for other, cls in classes if not cls.unsupported(cls.parameters_class(), task)]
             raise UsageError(
                 f"--method {name} does not support {task} data: {reason}. Use {' or '.join(able)}."
             )

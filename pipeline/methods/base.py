@@ -256,6 +256,12 @@ def _half(read: str, shapes: Shapes) -> CachedOutput:
     )
 
 
+def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors with names ``prefix.NAME``, by NAME."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+
+
 def to_fp32(x: Tensor) -> Tensor:
     """Return a tensor in fp32 or wider; sums, softmax and divergences lose too much in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

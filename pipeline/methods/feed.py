@@ -109,11 +109,8 @@ def build_transform(parameters: Parameters, c_s: int, c_t: int) -> nn.Sequential
         nn.init.kaiming_normal_(convolution.weight, a=1.0 if linear else NEGATIVE_SLOPE)
         if convolution.bias is not None:
             nn.init.zeros_(convolution.bias)
-        layers.append(convolution)
-        if parameters.norm:
-            layers.append(nn.BatchNorm2d(c_out))
-        if not linear:
-            layers.append(nn.LeakyReLU(NEGATIVE_SLOPE))
+        layers += [convolution, *([nn.BatchNorm2d(c_out)] if parameters.norm else [])]
+        layers += [] if linear else [nn.LeakyReLU(NEGATIVE_SLOPE)]
     return nn.Sequential(*layers)
 
 

@@ -21,7 +21,7 @@ from ..data import augment
 from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
-from ..methods.base import Method, Parameters, Setup, Shapes
+from ..methods.base import Method, Parameters, Setup, Shapes, select
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
 from ..runs.hashes import digest
@@ -75,9 +75,7 @@ def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Metho
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_.seed)
         for name, cls in classes.items():
-            prefix = f"{name}."
-            tensors = {k.removeprefix(prefix): v for k, v in prepared.items() if k.startswith(prefix)}
-            built[name] = cls(parameters[name], replace(setup, prepared=tensors))
+            built[name] = cls(parameters[name], replace(setup, prepared=select(prepared, name)))
     return built
 
 

@@ -158,7 +158,7 @@ def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
         rng.uniform(0.1, 9) * (np.cos(x) * f / np.linalg.norm(f) + np.sin(x) * side / np.linalg.norm(side))
         for x in angles
     ]
-    bits = mimic.to_bits(mimic.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)))
+    bits = mimic.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)) > 0
     equal = (bits[:1] == bits[1:]).float().mean(1).numpy()
     # A share of 40,000 bits has a standard error of at most 0.0025.
     np.testing.assert_allclose(equal, 1 - angles / np.pi, atol=0.01)

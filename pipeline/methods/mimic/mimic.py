@@ -46,7 +46,7 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ....models.detection.regions import BoxHead
+from ....models.detection.regions import BOX_HEAD, BoxHead
 from ...config import TaskName
 from ...errors import JobError, UsageError
 from .. import base
@@ -103,9 +103,6 @@ class Parameters(base.Parameters):
 
     def variant_for(self, teacher: base.Shapes) -> Variant:
         return self.variant or ("lshl2_s" if teacher.logits and not teacher.levels else "lshl2")
-
-    def beta_for(self, student: base.Shapes) -> float:
-        return self.beta or (DETECTOR_BETA if student.levels else BETA)
 
     def hashes_for(self, teacher: base.Shapes) -> int:
         width = _width(teacher)
@@ -178,7 +175,7 @@ class Mimic(base.Method):
         for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
             if teacher.region_vector:
                 assert context.weights is not None
-                head = regions.select_head(context.weights(t))
+                head = base.select(context.weights(t), BOX_HEAD)
                 tensors |= {f"{t}.head.{key}": value for key, value in head.items()}
             if parameters.variant_for(teacher) == "l2":
                 continue
@@ -192,12 +189,14 @@ class Mimic(base.Method):
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
-        self.beta, self.alone = parameters.beta_for(setup.student), parameters.alone
+        self.beta = parameters.beta or (DETECTOR_BETA if setup.student.levels else BETA)
+        self.alone = parameters.alone
         self.widths = [_width(teacher) for teacher in setup.teachers]
         get = setup.prepared.get
         self.towers = setup.student.towers
         self.region_maps = [regions.teacher_maps(teacher) for teacher in setup.teachers]
-        self.heads = nn.ModuleList(_heads(setup))
+        heads = [f"{t}.head" for t, teacher in enumerate(setup.teachers) if teacher.region_vector]
+        self.heads = nn.ModuleList(BoxHead(base.select(setup.prepared, head)) for head in heads)
         terms = [
             MimicTerm(parameters.variant_for(teacher), get(f"{t}.weight"), get(f"{t}.bias"))
             for t, teacher in enumerate(setup.teachers)
@@ -257,9 +256,9 @@ class MimicTerm(nn.Module):
             losses = losses + square
         if self.variant != "l2":
             assert self.weight is not None and self.bias is not None
-            a_s = project(f_s, self.weight, self.bias)
-            h = to_bits(project(f_t, self.weight, self.bias))
-            equal = (to_bits(a_s) == h).to(h.dtype).mean(1)
+            a_s, a_t = (project(f, self.weight, self.bias) for f in (f_s, f_t))
+            h = (a_t > 0).to(a_s.dtype)
+            equal = ((a_s > 0) == (a_t > 0)).to(h.dtype).mean(1)
             self.sums.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
             losses = losses + F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
         if self.variant != "lshl2_s" or batch.labels.ndim > 1:
@@ -299,11 +298,6 @@ def project(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(f.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
-def to_bits(a: Tensor) -> Tensor:
-    """Return 1[a > 0] in a's dtype."""
-    return (a > 0).to(a.dtype)
-
-
 def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) -> Tensor:
     """Return the median of each hash's projection over n features [n,D], fp32 [M], computed on ``device``.
 
@@ -323,17 +317,6 @@ def _width(network: base.Shapes) -> int:
         return network.region_vector
     assert network.vector is not None  # ``reads`` contains it
     return network.vector
-
-
-def _heads(setup: base.Setup) -> list[BoxHead]:
-    """Return the box heads of two-stage teachers, from the prepared tensors."""
-    heads = []
-    for t, teacher in enumerate(setup.teachers):
-        prefix = f"{t}.head."
-        if teacher.region_vector:
-            tensors = {k.removeprefix(prefix): v for k, v in setup.prepared.items() if k.startswith(prefix)}
-            heads.append(BoxHead(tensors))
-    return heads
 
 
 def _compared_maps(network: base.Shapes) -> list[tuple[int, int, int]]:

@@ -12,11 +12,11 @@ methods. Its box head is frozen and part of what the method prepares. The author
 for vectors of 1,024 numbers. If ``hashes`` is not set, M is 4·D.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ....models.detection.regions import BOX_HEAD, BoxHead
+from ....models.detection.regions import BoxHead
 from .. import base
 
 HASHES_PER_NUMBER = 4
@@ -27,12 +27,6 @@ READS = frozenset({"regions", "region_vectors"})
 def teacher_maps(teacher: base.Shapes) -> tuple[str, ...]:
     """Return the names of the maps that regions are pooled from, finest first."""
     return teacher.pyramid[: teacher.region_levels]
-
-
-def select_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a detector's box head among all of them."""
-    prefix = f"{BOX_HEAD}."
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def pair_vectors(

@@ -104,9 +104,7 @@ class Parameters(base.Parameters):
         """Return τ of a level with mean squared distance μ to the nearest word."""
         if self.tau is None:
             return mu / self.delta
-        if self.levels is None or len(self.tau) == 1:
-            return self.tau[0]
-        return self.tau[self.levels.index(level)]
+        return self.tau[self.levels.index(level) if self.levels and len(self.tau) > 1 else 0]
 
 
 class Quest(base.Method):
