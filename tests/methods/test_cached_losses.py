@@ -10,23 +10,10 @@ from questpress.pipeline.methods.quest.loss import TopWords, divergence, draw_po
 from questpress.pipeline.methods.quest.quest import Quest
 
 from tests.methods import test_quest
-from tests.methods.test_quest import (
-    F_S,
-    F_T,
-    LABELS,
-    WORDS,
-    B,
-    H,
-    K,
-    W,
-    drawn,
-    log_p_student,
-    p_teacher,
-    tensor,
-    term,
-)
+from tests.methods.test_quest import F_S, F_T, LABELS, WORDS, B, H, K, W, drawn, log_p_student, p_teacher
 
 TAU, PLACES = 0.9, H * W
+tensor, term = test_quest.tensor, test_quest.term
 
 
 def method(cached: int, words: np.ndarray = WORDS, **settings) -> Quest:
@@ -89,13 +76,9 @@ def test_cached_words_are_the_likeliest(m):
     np.testing.assert_allclose(cached["map.lost"].numpy(), 1 - best.sum(2), rtol=1e-3, atol=1e-6)
 
 
-def test_cached_loss_of_all_words_equals_the_online_loss():
-    quest = method(K)
-    assert loss(quest, read_cached(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
-
-
-def test_cached_and_online_top_m_losses_are_equal():
-    quest = method(4, top=4)
+@pytest.mark.parametrize(("m", "top"), [(K, None), (4, 4)])
+def test_cached_and_online_losses_are_equal(m, top):
+    quest = method(m, top=top)
     assert loss(quest, read_cached(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
 
@@ -141,11 +124,8 @@ def inputs(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     f_s, weight = (
         F.normalize(torch.from_numpy(drawn(seed, rows, 5)), dim=1) for seed, rows in ((1, n), (2, k))
     )
-    return (
-        f_s.requires_grad_(),
-        weight.requires_grad_(),
-        torch.tensor(3.0, dtype=torch.float64, requires_grad=True),
-    )
+    gamma = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    return f_s.requires_grad_(), weight.requires_grad_(), gamma
 
 
 def nothing(*_: torch.Tensor) -> None:

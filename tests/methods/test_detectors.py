@@ -106,6 +106,12 @@ def test_pkd_ignores_scale_and_offset_and_follows_only_the_student() -> None:
     assert ours["map@0"].grad is not None and theirs["map@0"].grad is None
 
 
+def mimic_losses(variant: str, f_s: np.ndarray, f_t: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    a, h = f_s @ weight.T, f_t @ weight.T > 0
+    square, hashed = ((f_s - f_t) ** 2).mean(-1), (np.logaddexp(0, a) - a * h).mean(-1)
+    return {"l2": square, "lsh": hashed, "lshl2": square + hashed}[variant]
+
+
 def patches(f: Tensor) -> Tensor:
     """Unfold a map [B,C,h,w] to the 3×3 patch of each location, [B,h·w,9·C]."""
     return F.unfold(f, 3, padding=1).transpose(1, 2)
@@ -121,12 +127,7 @@ def test_mimicking_equals_the_formula_on_unfolded_patches(variant: str) -> None:
         torch.cat([patches(f[f"tower@{level}"]) for level in range(len(GRIDS))], dim=1).double().numpy()
         for f in (ours, theirs)
     )
-    losses = np.zeros(f_s.shape[:2])
-    if variant != "lsh":
-        losses += ((f_s - f_t) ** 2).mean(2)
-    if variant != "l2":
-        a, h = f_s @ weight.T, f_t @ weight.T > 0
-        losses += (np.logaddexp(0, a) - a * h).mean(2)
+    losses = mimic_losses(variant, f_s, f_t, weight)
     trained = dense.find_trained(ours["anchors"], labels, losses.shape[1]).numpy()
     assert 0 < trained[0].mean() < 1 and trained[1].all()
     means = [losses[image][trained[image]].mean() for image in (0, 2)]  # the image without boxes is left out
@@ -151,13 +152,8 @@ def test_mimicking_regions_equals_the_formula_at_the_students_regions(variant: s
     # All regions are small, so they are pooled from the finest level, of stride 8.
     f_t = head(roi_align(maps["map@0"], rows, 7, 1 / 8, 2)).detach().double().numpy()
     f_s = vectors.detach()[[0, 0, 1], [0, 1, 0]].double().numpy()
-    expected = 0.0
-    if variant != "lsh":
-        expected += ((f_s - f_t) ** 2).mean()
-    if variant != "l2":
-        a, h = f_s @ weight.double().numpy().T, f_t @ weight.double().numpy().T > 0
-        expected += (np.logaddexp(0, a) - a * h).mean()
-    assert float(loss.detach()) == pytest.approx(7 * expected, rel=1e-4)
+    expected = mimic_losses(variant, f_s, f_t, weight.double().numpy())
+    assert float(loss.detach()) == pytest.approx(7 * expected.mean(), rel=1e-4)
     loss.backward()
     assert vectors.grad is not None and vectors.grad[0].all() and not vectors.grad[1, 1].any()
     assert all(p.grad is None and not p.requires_grad for p in method.parameters())
