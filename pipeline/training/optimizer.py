@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 
 from ..config.defaults import ADAPTIVE_SCALE, is_adaptive
 from .task import DistillationTask
@@ -111,8 +112,9 @@ def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer
             "lr_scale": ADAPTIVE_SCALE if is_adaptive(plan.optimizer) else 1.0,
         },
     ]
+    cls = get_optimizer_class(plan.optimizer, bind_defaults=False)
     # Torch's fused SGD fails if some of its weights have a momentum buffer and others do not yet.
-    is_fused = has_fused_step(plan.optimizer) and not student.trains_projection_only(0)
+    is_fused = cls in (SGD, Adam, AdamW) and not student.trains_projection_only(0)
     fused: dict[str, Any] = {"fused": True} if is_fused else {}
     optimizer = create_optimizer_v2(
         [group for group in groups if group["params"]],
@@ -132,14 +134,6 @@ def build_scaler(task: DistillationTask) -> torch.amp.GradScaler:
     A step whose scaled gradients overflow is skipped, and the scale halved.
     """
     return torch.amp.GradScaler(task.device.type, enabled=task.engine.precision == "fp16")
-
-
-def has_fused_step(optimizer: str) -> bool:
-    """Return True if torch has a fused implementation of the optimizer."""
-    if optimizer.lower().startswith("lookahead_"):
-        return False
-    cls = get_optimizer_class(optimizer, bind_defaults=False)
-    return cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:

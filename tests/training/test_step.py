@@ -118,7 +118,7 @@ def test_moments_saved_in_another_layout_are_restored(optimizer: str) -> None:
         torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["lamb", "nadamw", "lookahead_adamw"])
+@pytest.mark.parametrize("optimizer", ["lamb", "nadamw"])
 def test_optimizer_without_fused_step_is_not_fused(optimizer: str) -> None:
     task = distillation("none", FP32).train()
     stepper(task, build_optimizer(task, plan(optimizer)))()
