@@ -29,6 +29,9 @@ from .base import Method
 STEPS = 50
 """Training steps in which gradients are measured."""
 
+LEAST_RATIO = 1e-3
+"""Ratio below which gradients are rounding errors, and the weight is kept."""
+
 SCALE = 2.0**10
 """Factor of losses while their gradients are measured: without it, small ones would be 0 in fp16.
 
@@ -100,7 +103,7 @@ class GradientBalance(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """Return the factor of each method's weight."""
         r = self.ratios()
-        factors = torch.where(r > 0, torch.clip(r, self.low, self.high) / r, 1.0)
+        factors = torch.where(r >= LEAST_RATIO, torch.clip(r, self.low, self.high) / r, 1.0)
         return dict(zip(self.methods, factors, strict=True))
 
     def results(self) -> list[BalancedWeight]:
@@ -110,7 +113,7 @@ class GradientBalance(nn.Module):
         return [
             BalancedWeight(method=name, ratio=r, low=low, high=high, factor=factor)
             for name, r, low, high, factor, count in rows
-            if count and high != math.inf
+            if count and r >= LEAST_RATIO and high != math.inf
         ]
 
     # A host-side counter instead of a buffer: reading a buffer would synchronize with the device.

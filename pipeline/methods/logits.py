@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TaskName
-from .base import Features, Method, Parameters, Shapes, to_fp32
+from ..errors import UsageError
+from .base import Features, Method, Parameters, Setup, Shapes, to_fp32
 
 
 class LogitMethod(Method):
@@ -25,6 +26,14 @@ class LogitMethod(Method):
     @classmethod
     def reads(cls, parameters: Parameters, network: Shapes) -> frozenset[str]:
         return frozenset({"logits"})
+
+    @classmethod
+    def check(cls, parameters: Parameters, setup: Setup, images: int) -> None:
+        if getattr(parameters, "standardize", False) and setup.student.logits == 2:
+            raise UsageError(
+                f"--set {cls.name}.standardize=true requires three classes or more, got 2: the z-scores of "
+                "two logits are always ±0.71, so the loss has no gradient. Remove it."
+            )
 
 
 def standardize(z: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequenc
     for name in task.student.methods:
         if name not in measured:
             last_map = f"the last map of {context.student.name}"
-            reason = f"its gradients, or those of the labels, do not reach {last_map}"
+            reason = f"its gradients, or those of the labels, are zero or negligible at {last_map}"
             if methods.load(name).gradient_ratio[1] == math.inf:
                 reason = "no range of gradient ratios is known for it"
             context.display.note(f"--balance auto keeps the weight of {name}: {reason}")

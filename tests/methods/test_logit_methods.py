@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline import methods
+from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from questpress.pipeline.methods.shapes import check_methods
 
 from tests.support.toys import check_gradients
 
@@ -71,6 +73,16 @@ def test_kd_is_the_divergence_of_softened_probabilities_times_tau_squared() -> N
 def test_kd_with_standardized_logits_is_the_divergence_of_z_scores() -> None:
     expected = 9 * 4 * kl(softmax(z_score(Z_T) / 2), softmax(z_score(Z_S) / 2))
     assert loss("kd", {"standardize": "true"}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "sdd"])
+def test_standardized_logits_of_two_classes_are_refused(name: str) -> None:
+    assert np.abs(z_score(Z_T[:, :2])) == pytest.approx(0.5**0.5)
+    chosen = methods.parse_parameters([name], {f"{name}.standardize": True})
+    networks = ["cifar_resnet8"], "cifar_resnet8"
+    check_methods(chosen, *networks, classes=3, image_size=32, images=100)
+    with pytest.raises(UsageError, match=rf"--set {name}\.standardize=true .* three classes or more, got 2"):
+        check_methods(chosen, *networks, classes=2, image_size=32, images=100)
 
 
 def test_several_teachers_are_the_mean_of_their_softened_probabilities() -> None:
