@@ -4,6 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
+CELL_GRIDS = (1, 2, 4)
+"""Cells per side of the grids whose cells SDD classifies."""
+
+
+def average_cells(f: Tensor) -> Tensor:
+    """Return the means [B,21,C] of a map [B,C,H,W] over its cells, the whole map first."""
+    return torch.cat([average_pool(f, (n, n)).flatten(2) for n in CELL_GRIDS], dim=2).transpose(1, 2)
+
 
 def average_pool(f: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average-pool a map [B,C,H,W] to ``grid`` (h, w): [B,C,h,w], as ``adaptive_avg_pool2d`` does.

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, Size, show_size
-from .pooling import average_pool
+from .pooling import CELL_GRIDS, average_cells
 
 Reads = frozenset[str]
-CELL_GRIDS = (1, 2, 4)
 LOGITS: Reads = frozenset({"logits"})
 _MISSING = {
     "map": "has no feature map, which this method requires. Choose another model or a method on logits.",
@@ -159,9 +158,7 @@ class Readouts(nn.Module):
         if "map" in reads:
             result["map"] = self._as_map(features, levels)
         if "cells" in reads:
-            f = self._as_map(features, levels)
-            cells = [average_pool(f, (grid, grid)).flatten(2) for grid in CELL_GRIDS]
-            result["cells"] = _classifier(self.network)(torch.cat(cells, dim=2).transpose(1, 2))
+            result["cells"] = _classifier(self.network)(average_cells(self._as_map(features, levels)))
         if "vector" in reads:
             result["vector"] = self._vector(features)
         if "logits" in reads:

@@ -274,6 +274,15 @@ class GraphNetwork(nn.Module):
                 if name not in kept:
                     values.pop(name, None)
 
+    def evaluate(self, name: str, values: Values) -> Any:
+        """Return a tensor by name, computed from those in `values`."""
+        for step in self.steps if name not in values else ():
+            if name in step.outputs:
+                for read in step.inputs:
+                    self.evaluate(read, values)
+                self.compute(step, values)
+        return values.get(name)
+
     def compute(self, step: Step, values: Values) -> None:
         """Add the outputs of a step to the values."""
         arguments = [self._value(name, values) for name in step.inputs]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...export.conversion.pixel_input import Folded
 from ...export.int8.fake_quantize import FakeQuantized
 from ...models.checkpoint import tensors_digest
+from ...models.pooling import average_cells
 from ...models.readout import LOGITS, Readouts, Reads, Widened, widen
 from .. import methods
 from ..config.network import NetworkSpec
@@ -252,7 +253,8 @@ class QuantizedReadouts(Readouts):
 
     The graph that is trained is the exported one. Its tensors are matched to the features by value: the float
     network and the graph get the same images, and a tensor equal to a feature up to one factor is that
-    feature (rewrite rules multiply maps by a constant, and a temperature divides the logits).
+    feature (rewrite rules multiply maps by a constant, and a temperature divides the logits). Logits of cells
+    are not in the graph: its steps after the map compute them from the means of the cells.
 
     Args:
         network: the float network from which the graph was exported.
@@ -274,7 +276,8 @@ class QuantizedReadouts(Readouts):
         self.embeds_alone = False
         self.projection: nn.Linear | None = None
         """The projection of a method that reads a wider vector than the network has."""
-        self.tensors, self.factors = _match_features(graph, network, images, graph_images, reads | {"logits"})
+        matched = reads - {"cells"} | {"logits"} | ({"map"} if "cells" in reads else set())
+        self.tensors, self.factors = _match_features(graph, network, images, graph_images, matched)
 
     @property
     def offers(self) -> Reads:
@@ -285,11 +288,25 @@ class QuantizedReadouts(Readouts):
 
     def forward(self, x: Tensor, reads: Reads = LOGITS, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return features of the graph's input, by name."""
-        computed = self.network.graph(x, wanted=[self.tensors[read] for read in reads])
-        features = {read: computed[self.tensors[read]] * self.factors[read] for read in reads}
+        tensors = {read: tensor for read, tensor in self.tensors.items() if read in {*reads, "map"}}
+        computed = self.network.graph(x, wanted=tensors.values())
+        features = {read: computed[tensor] * self.factors[read] for read, tensor in tensors.items()}
         if self.projection is not None and "vector" in features:
             features["vector"] = self.projection(features["vector"])
+        if "cells" in reads:
+            features["cells"] = self._classify_cells(computed[tensors["map"]])
         return features
+
+    def _classify_cells(self, f: Tensor) -> Tensor:
+        """Return the logits [B,21,N] of a map's cells.
+
+        After the map only weights are rounded: the ranges of activations are those of whole images.
+        """
+        graph, means = self.network.graph, average_cells(f)
+        values = {self.tensors["map"]: means.flatten(0, 1)[:, :, None, None]}
+        with graph.rounding(frozenset(graph.axes) if graph.only is None else graph.only):
+            logits = graph.evaluate(self.tensors["logits"], values)
+        return logits.unflatten(0, means.shape[:2]) * self.factors["logits"]
 
 
 class PixelsToGraph(nn.Module):

@@ -34,18 +34,28 @@ def graph_of(network: torch.nn.Module, size: int, folder: Path) -> tuple[FakeQua
     return FakeQuantized(prepared, quantize(prepared, ranges, types), types), torch.from_numpy(images)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "cifar_resnet8", "repghostnet_050"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "cifar_resnet8", "repghostnet_050", "mobilenetv2_050", "regnety_002"]
+)
 def test_readouts_are_found_in_the_graph_and_equal_the_networks(name: str, tmp_path: Path) -> None:
-    network = build(name, num_classes=5, image_size=32, seed=0).eval()
-    graph, images = graph_of(network, 32, tmp_path)
-    reads = frozenset({"map", "vector", "logits"})
+    network = build(name, num_classes=5, image_size=96, seed=0).eval()
+    graph, images = graph_of(network, 96, tmp_path)
+    own = Readouts(network, 96)
+    reads = frozenset({"map", "vector", "logits", "cells"}) & own.offers
     readouts = QuantizedReadouts(graph, network, images[:4], images[:4], reads)
     with torch.no_grad(), graph.rounding(frozenset()):
-        mine, its = readouts(images, reads), Readouts(network, 32)(images, reads)
+        mine, its = readouts(images, reads), own(images, reads)
     for read in reads:
         assert torch.allclose(mine[read], its[read], atol=2e-3 * float(its[read].abs().max())), read
-    with torch.no_grad():  # and rounded they are what the quantized network sees
-        assert not torch.equal(readouts(images, reads)["map"], mine["map"])
+    rounded = readouts(images, reads)  # what the quantized network sees
+    assert not torch.equal(rounded["map"], mine["map"])
+    if "cells" in reads:
+        rounded["cells"].square().mean().backward()
+        assert all(w.grad is not None and torch.isfinite(w.grad).all() for w in graph.weights.values())
+        with torch.no_grad(), graph.rounding(frozenset(graph.axes)):
+            weights = readouts(images, reads)
+        torch.testing.assert_close(weights["cells"][:, 0], weights["logits"], rtol=1e-4, atol=1e-4)
+        assert not torch.equal(weights["cells"], mine["cells"])
 
 
 def test_missing_feature_in_the_graph_is_refused(tmp_path: Path) -> None:
@@ -69,7 +79,7 @@ def test_gamma_of_zero_gives_numbers_and_gradients(tmp_path: Path) -> None:
     assert all(torch.isfinite(p.grad).all() for p in graph.parameters() if p.grad is not None)
 
 
-@pytest.fixture(scope="module", params=["quest", "quest+mimic+kd"])
+@pytest.fixture(scope="module", params=["quest", "quest+mimic+kd+sdd"])
 def recovered(request: Any, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("qat") / "run"
     result = job(
