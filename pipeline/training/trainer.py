@@ -144,7 +144,8 @@ class MicroBatch:
         self.context.folder.save()
         self.context.display.warn(
             f"not enough memory for {before} images: each step of {self.plan.images} is computed in "
-            f"micro-batches of {size} (with their BatchNorm statistics and, for dist and mimic, scaling)"
+            f"micro-batches of {size} (with their BatchNorm statistics and, for dist, feed.norm, itrd, mimic "
+            "and pkd, other gradients)"
         )
 
 
