@@ -272,7 +272,7 @@ class Options(BaseModel):
     )
     weight_decay: float | None = training_option("weight decay", ge=0)
     decay_all: bool = training_option(
-        "apply weight decay to biases and norms too, as the papers' recipes do", False
+        "apply weight decay to biases and norms too, as most papers' recipes do", False
     )
     label_smoothing: float | None = training_option("label smoothing of the cross-entropy", ge=0, lt=1)
     ema: float | None = training_option(
