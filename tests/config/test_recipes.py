@@ -119,6 +119,10 @@ WELL = "about: a\nsource: b\noptions: {lr: 0.1}\n"
 )
 def test_unknown_recipe_key_is_refused(text: str, message: str) -> None:
     assert recipes.parse_recipe("mine", WELL).options == {"lr": 0.1}
+    extended = recipes.parse_recipe("mine", WELL + "extends: _crd\n")
+    alone = recipes.load_recipe("supervised-cifar100")
+    assert {**extended.options, "method": "none"} == {**alone.options, "lr": 0.1}
+    assert extended.for_students == alone.for_students
     with pytest.raises(UsageError, match="recipe mine") as refused:
         recipes.parse_recipe("mine", text)
     assert message in str(refused.value)

@@ -2,6 +2,7 @@
 
 A file contains ``about``, ``source`` and ``options``. If a paper has other values for some networks, it also
 contains ``for_students`` and ``for_teachers``: shell patterns of timm names with the options that differ.
+``extends`` names a file whose options it adds to or replaces; names of such files start with an underscore.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from ..limits import parse_yaml
 from ..options import Options
 
 REQUIRED_KEYS = {"about", "source", "options"}
-KEYS = REQUIRED_KEYS | {"for_students", "for_teachers"}
+KEYS = REQUIRED_KEYS | {"extends", "for_students", "for_teachers"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Recipe:
 
 def list_recipes() -> list[str]:
     """Return the names of all recipes in alphabetical order."""
-    names = [file.name for file in files(__package__).iterdir()]
+    names = [file.name for file in files(__package__).iterdir() if not file.name.startswith("_")]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
@@ -69,7 +70,11 @@ def load_recipe(name: str) -> Recipe:
         near = get_close_matches(name, names, n=2, cutoff=0.3)
         advice = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"Unknown recipe '{name}'.{advice} Available recipes: {', '.join(names)}.")
-    return parse_recipe(name, (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
+    return parse_recipe(name, _read(name))
+
+
+def _read(name: str) -> str:
+    return (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def parse_recipe(name: str, text: str) -> Recipe:
@@ -87,6 +92,9 @@ def parse_recipe(name: str, text: str) -> Recipe:
     _check_known(name, "key", content, KEYS)
     if missing := REQUIRED_KEYS - set(content):
         raise UsageError(f"The recipe {name} has no '{min(missing)}'.")
+    if "extends" in content:
+        for key, options in parse_yaml(_read(content.pop("extends"))).items():
+            content[key] = {**options, **content.get(key, {})}
     recipe = Recipe(name, **content)
     for options in [recipe.options, *recipe.for_students.values(), *recipe.for_teachers.values()]:
         _check_known(name, "option", options, Options.model_fields)
