@@ -15,10 +15,13 @@ the first is the network's logits also if 4 does not divide the map's size. As i
 without one is the teacher's prediction: a cell of it is complementary if its prediction is another one.
 """
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...models.pooling import CELL_GRIDS
 from . import base, dkd
 from .logits import student_logits, teacher_logits
 
@@ -26,6 +29,10 @@ from .logits import student_logits, teacher_logits
 class Parameters(dkd.Parameters):
     finest: int = Field(4, multiple_of=2, ge=2, le=4, description="cells a side of the finest grid, 2 or 4")
     complementary: float = Field(2.0, ge=0, description="w of complementary cells")
+
+    @property
+    def cells(self) -> int:
+        return sum(grid**2 for grid in CELL_GRIDS if grid <= self.finest)
 
 
 class Sdd(dkd.Dkd):
@@ -41,10 +48,14 @@ class Sdd(dkd.Dkd):
     def reads(cls, parameters: base.Parameters, network: base.Shapes) -> frozenset[str]:
         return frozenset({"cells"})
 
+    @classmethod
+    def cached_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
+        return super().cached_bytes(parameters, student, replace(teacher, cells=parameters.cells))
+
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
-        self.cells = 1 + sum(grid**2 for grid in (2, 4) if grid <= parameters.finest)
-        self.complementary = parameters.complementary
+        self.cells, self.complementary = parameters.cells, parameters.complementary
+        self.teacher_shapes = [replace(teacher, cells=self.cells) for teacher in setup.teachers]
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
         z_t = teacher_logits([self._flatten(f) for f in batch.teachers], self.tau, self.standardize)

@@ -79,13 +79,16 @@ def test_several_teachers_are_the_mean_of_their_softened_probabilities() -> None
     assert both == pytest.approx(one, rel=1e-5)
 
 
-def test_cached_cells_have_half_precision() -> None:
-    method = build({})
+@pytest.mark.parametrize(("settings", "cells"), [({}, 21), ({"finest": 2}, 5)])
+def test_cells_that_are_read_are_cached_in_half_precision(settings: dict[str, Any], cells: int) -> None:
+    method = build(settings)
     [output] = method.cached_outputs(0)
     cached = output.compact({"cells": torch.from_numpy(C_T).float()})
-    assert output.bytes_per_image == 21 * N * 2 and cached["cells"].dtype == torch.float16
+    assert torch.equal(cached["cells"], torch.from_numpy(C_T[:, :cells]).half())
+    chosen = methods.parse_parameters(["sdd"], {f"sdd.{key}": value for key, value in settings.items()})
+    assert output.bytes_per_image == Sdd.cached_bytes(chosen["sdd"], SHAPES, SHAPES) == cells * N * 2
     batch = Batch({"cells": torch.from_numpy(C_S).float()}, [cached], torch.from_numpy(LABELS), 99)
-    assert method(batch)["sdd"].item() == pytest.approx(loss({}), rel=5e-3)
+    assert method(batch)["sdd"].item() == pytest.approx(loss(settings), rel=5e-3)
 
 
 @pytest.mark.parametrize("networks", [("cifar_resnet8", "mobilenetv3_small_050"), ("vgg11", "cifar_resnet8")])
