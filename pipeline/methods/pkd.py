@@ -10,9 +10,11 @@ over B·H·W:
 nor offset of a channel matters, and teacher and student may be detectors of different kinds. In a detector,
 the levels are those of its feature pyramid; in a classifier, the last map.
 
-α is 10, the authors' weight for one-stage detectors (6 for two-stage ones). A student's map of another size
-is resized to the teacher's. Maps must have as many channels as the teacher's: PKD has no projection. Several
-teachers: the loss is the mean over them.
+α is 10, the authors' weight for one-stage detectors. A student's map of another size is resized to the
+teacher's. Maps must have as many channels as the teacher's: PKD has no projection.
+
+Our choices: all five levels of the pyramid, of which the authors' configurations in MMRazor have the four
+finest; α = 10 for Faster R-CNN as well, where they have 6. With several teachers, the loss is the mean.
 """
 
 import torch
