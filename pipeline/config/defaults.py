@@ -143,7 +143,7 @@ def choose_learning_rate(
 
 def is_adaptive(optimizer: str) -> bool:
     """Return True if an optimizer of timm scales its steps by the gradients."""
-    return optimizer not in ("sgd", "momentum", "nesterov", "sgdp", "sgdw", "nesterovw")
+    return "sgd" not in optimizer and optimizer not in ("momentum", "nesterov", "nesterovw")
 
 
 def choose_cache_views(epochs: int, bytes_per_view: int, most: int = CACHE_VIEWS) -> int:

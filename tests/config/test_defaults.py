@@ -3,7 +3,9 @@
 import pytest
 from questpress.pipeline.api.options import choose_method
 from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.config.defaults import choose_learning_rate
 from questpress.pipeline.config.options import Options
+from timm.optim import list_optimizers
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,13 @@ def test_digits_are_small_and_learned_from_scratch(teacher: str, size: int) -> N
     assert (chosen.image_size, chosen.epochs, chosen.teacher_epochs) == (size, 15, 4)
     assert (chosen.teacher_weights, chosen.student_weights) == (["none"], "none")
     assert (chosen.method, chosen.crop, chosen.flip, chosen.cache_views) == ("quest", "pad", False, 5)
+
+
+def test_learning_rate_of_all_forms_of_sgd_is_larger() -> None:
+    forms = (
+        "sgd", "sgdc", "sgdp", "sgdw", "csgdc", "csgdp", "csgdw", "fusedsgd", "bnbsgd", "bnbsgd8bit",
+        "momentum", "nesterov", "nesterovw",
+    )  # fmt: skip
+    for name in (*forms, "adamw", "cadamw", "bnbadam", "madgrad", "lamb", "lion", "muon", "rmsprop"):
+        rate = choose_learning_rate(64, name, "student", scratch=True)
+        assert name in list_optimizers() and rate == (0.14 if name in forms else 0.0028)
