@@ -216,7 +216,7 @@ class Options(BaseModel):
         enters="student",
     )
     balance: Literal["auto", "off"] | None = method_option(
-        "auto: rescale a method's weight if its gradients are out of proportion to those of the labels [default: auto; off with a recipe, --weight or multi-label data]",
+        "auto: rescale a method's weight if its gradients are out of proportion to those of the labels [default: auto; off with a recipe, --weight, multi-label data or detectors]",
         enters="student",
     )
     cache_views: int | None = method_option(
