@@ -246,3 +246,15 @@ def test_word_accuracy_counts_one_of_several_equally_likely_words() -> None:
 
     loss.divergence(weight[:2], weight, torch.tensor(1.0), target, record)
     assert seen == [[True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_feature_of_zeros_stays_zero_without_gradient(dtype: torch.dtype) -> None:
+    f = tensor(drawn(0, 9, C_S)).to(dtype)
+    f[0] = 0
+    ours, theirs = (f.clone().requires_grad_() for _ in range(2))
+    unit, expected = loss.normalize(ours), torch.nn.functional.normalize(theirs, dim=1)
+    pairs = (unit, ours), (expected, theirs)
+    gradients = [torch.autograd.grad((x * f.flip(1)).sum(), y)[0] for x, y in pairs]
+    assert torch.equal(unit[1:], expected[1:]) and torch.equal(gradients[0][1:], gradients[1][1:])
+    assert not unit[0].any() and not gradients[0][0].any()

@@ -10,6 +10,7 @@ gradients are computed with its value, as in fused losses over a language model'
 and softmax fp32 (or the input's dtype, if that is wider).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,12 @@ def _matmul(a: Tensor, b: Tensor, sums: torch.dtype) -> Tensor:
     if a.dtype != sums and a.is_cuda:
         return torch.mm(a, b, out_dtype=sums)
     return (a @ b).to(sums)
+
+
+def normalize(f: Tensor) -> Tensor:
+    """Scale features [n,C] to length 1; one that is zero stays zero, and gets no gradient."""
+    length = f.norm(dim=1, keepdim=True)
+    return f / length.masked_fill(length == 0, math.inf)
 
 
 def assign_words(f_t: Tensor, words: Tensor, tau: float) -> Tensor:

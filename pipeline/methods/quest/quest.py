@@ -239,7 +239,7 @@ class WordPrediction(nn.Module):
             drawn = loss.draw_positions(batch.keys, batch.epoch, len(f_s) // places, places, self.drawn)
             f_s, *rows = (row[drawn.to(f_s.device)] for row in (f_s, *rows))
         p_t = loss.read_cached_words(*rows) if is_cached else self._soft_assignment(*rows)
-        f_s, weight = F.normalize(f_s, dim=1), F.normalize(self.weight, dim=1)
+        f_s, weight = loss.normalize(f_s), F.normalize(self.weight, dim=1)
         return loss.divergence(f_s, weight, self.gamma, p_t, self._record) / len(f_s)
 
     def _soft_assignment(self, f_t: Tensor) -> loss.TopWords | loss.AllWords:
