@@ -56,6 +56,7 @@ def test_quest_on_cifar_is_the_papers_recipe() -> None:
         ("quest-cifar100", "cifar_vgg13", "cifar_vgg8", "quest.alpha", 2),
         ("quest-cifar100", "cifar_vgg13", "cifar_mobilenetv2_half", "quest.alpha", 1),
         ("quest-cifar100", "cifar_resnet50", "cifar_vgg8", "quest.alpha", 1),
+        ("quest-cifar100", "cifar_resnet56", "own_network", "lr", 0.05),
         ("dkd-cifar100", "cifar_resnet56", "cifar_resnet20", "dkd.beta", 2),
         ("dkd-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "dkd.beta", 6),
         ("dkd-cifar100", "cifar_resnet32x4", "cifar_resnet8x4", "dkd.beta", 8),

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ....models.build import resolve
+from ....models.errors import UnknownModel
 from ...errors import UsageError
 from ..limits import parse_yaml
 from ..options import Options
@@ -39,7 +40,7 @@ class Recipe:
         options = dict(self.options)
         for patterns, names in ((self.for_students, [student]), (self.for_teachers, teachers)):
             for pattern, overrides in patterns.items():
-                if any(fnmatchcase(resolve(name), pattern) for name in names):
+                if any(fnmatchcase(_full_name(name), pattern) for name in names):
                     for key, value in overrides.items():  # settings and weights are merged key by key
                         merges = isinstance(value, Mapping)
                         options[key] = {**options.get(key, {}), **value} if merges else value
@@ -55,6 +56,14 @@ class Recipe:
             elif config.get(name) != value:
                 changed[name] = config.get(name)
         return changed
+
+
+def _full_name(name: str) -> str:
+    """Return timm's name of a network, or the name itself if its module is not imported here."""
+    try:
+        return resolve(name)
+    except UnknownModel:
+        return name
 
 
 def list_recipes() -> list[str]:
