@@ -153,7 +153,7 @@ def _check_networks(chosen: Options) -> None:
     if chosen.image_size is None:
         chosen.image_size = default_size(chosen.data, chosen.student, chosen.teacher)
     if chosen.student_size is not None:
-        check_student_size("--student-size", chosen.student_size, chosen.image_size)
+        _check_student_size(chosen.student_size, chosen.image_size)
     if chosen.student_size == chosen.image_size:
         chosen.student_size = None  # the same run as without the option
     for name in chosen.teacher:
@@ -165,22 +165,18 @@ def _check_networks(chosen: Options) -> None:
         raise UsageError(str(error)) from error
 
 
-def check_student_size(option: str, size: Size, image_size: Size) -> None:
+def _check_student_size(size: Size, image_size: Size) -> None:
     """Raise UsageError unless a student can see the teacher's crops scaled down to ``size``."""
     (height, width), (tall, wide) = height_width(size), height_width(image_size)
-    problem = f"{option} {show_size(size)} is larger than the teacher's --image-size {show_size(image_size)}"
+    text = f"--student-size {show_size(size)} %s the teacher's --image-size {show_size(image_size)}. " + (
+        "The student sees the teacher's crops scaled down: use %s --image-size."
+    )
     if height > tall or width > wide:
-        raise UsageError(
-            f"{problem}. The student sees the teacher's crops scaled down: use a smaller one, or a larger "
-            "--image-size."
-        )
+        raise UsageError(text % ("is larger than", "a smaller one, or a larger"))
     if max(height * wide, width * tall) > MAX_STRETCH * min(height * wide, width * tall):
         scale = max(height / tall, width / wide)
         fitting = make_size(round(tall * scale), round(wide * scale))
-        raise UsageError(
-            f"{problem.replace('is larger than', 'has another shape than')}. The student sees the teacher's "
-            f"crops scaled down: use {show_size(fitting)}, or another --image-size."
-        )
+        raise UsageError(text % ("has another shape than", f"{show_size(fitting)}, or another"))
 
 
 def _choose(chosen: Options, data: ImageSet) -> None:

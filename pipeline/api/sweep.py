@@ -12,18 +12,20 @@ in ``trials``. ``search.json`` records both.
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import ceil, inf, log2, nan
 from pathlib import Path
 from typing import Any
 
 from ...export.latency.machine import environment
-from ...export.runtime import height_width
-from ...models.build import check_size, show_size
+from ...export.runtime import Size, height_width
 from ...models.build import resolve as resolve_name
+from ...models.build import show_size
 from ...models.catalog import GOOD_STUDENTS
 from ..config.network import NetworkSpec
 from ..config.options import Options, get_flag, get_stage, parse_pairs, parse_size
+from ..data.dataset import ImageSet
 from ..errors import JobError, UsageError
 from ..evaluation.results import Comparison, Search, Trial, UntrainedLatency
 from ..evaluation.untrained import SECONDS, measure_untrained
@@ -39,7 +41,7 @@ from ..training.context import STUDENT
 from ..training.weights import check_weights
 from .compare import TEACHER, compare
 from .options import default_size, merge_config, read_options
-from .resolve import check_student_size, resolve
+from .resolve import resolve
 from .run import compress
 
 SEARCH, TRIALS = "search.json", "trials"
@@ -112,31 +114,12 @@ def sweep(
         sizes = sorted({parse_size(size) for size in student_sizes}, key=height_width, reverse=True)
     except ValueError as error:
         raise UsageError(f"--student-sizes {error}, got {','.join(map(str, student_sizes))}.") from error
-    for student in students:
-        resolve_name(student)
     if given.image_size is None:
         defaults = (default_size(given.data, student, given.teacher) for student in students)
         given.image_size = max([*sizes, *defaults], key=height_width)
     options["image_size"] = given.image_size
-    for size in sizes:
-        check_student_size("--student-sizes", size, given.image_size)
-        for student in students:
-            check_size(student, size)
-    sized = {
-        f"{re.sub('[/:]', '-', student)}{'' if size is None else f'-{show_size(size)}'}": (student, size)
-        for student, size in product(students, sizes or (None,))
-    }
-    runs: dict[str, dict[str, Any]] = {}
-    candidates: dict[str, str] = {}
-    chosen_options: dict[str, Options] = {}
-    for (candidate, (student, size)), method in product(sized.items(), methods or (None,)):
-        name = f"{candidate}{f'-{method}' if method else ''}"
-        runs[name] = {**_select_options(options, method), "student": student}
-        if size is not None:
-            runs[name]["student_size"] = size
-        candidates[name] = candidate
-        chosen_options[name], images = resolve(read_options(runs[name]))
-    chosen = next(iter(chosen_options.values()))
+    candidates, images = _list_candidates(options, students, sizes, methods)
+    chosen = next(iter(candidates.values())).chosen
     if keep is not None and not images.val:
         raise UsageError("--keep requires val images. Hold some out with --val-fraction 0.1.")
     teachers = "-".join(dict.fromkeys(chosen.teacher))
@@ -147,49 +130,25 @@ def sweep(
     search = Search(max_latency=budget, min_accuracy=min_accuracy)
     if budget is not None:
         check_outside_data(chosen.data, {"--out": out})
-        specs = {
-            candidates[name]: NetworkSpec(
-                resolve_name(o.student),
-                o.student_size or given.image_size,
-                len(images.classes),
-                "",
-                activation=o.activation,
-                resize=o.resize,
-            )
-            for name, o in chosen_options.items()
-        }
+        specs = {c.student: _to_spec(c.chosen, len(images.classes)) for c in candidates.values()}
         _drop_slow(search, specs, chosen, out / SEARCH, display)
-        runs = {name: values for name, values in runs.items() if candidates[name] not in search.over}
-    for name in runs:
+        candidates = {name: c for name, c in candidates.items() if c.student not in search.over}
+    for name, candidate in candidates.items():
         if not (out / name / STUDENT).is_file():
-            check_weights(chosen_options[name], images, {"student"}, download=True)
+            check_weights(candidate.chosen, images, {"student"}, download=True)
 
     def run(folder: str, options: Mapping[str, Any], **more: Any) -> Report:
         display.print(f"Run {out / folder}")
         left = None if deadline is None else max(1.0, deadline - time.monotonic())
         return compress(**{**options, "time_limit": left, **more, "out": out / folder})
 
-    # Without options of the student, so that students and methods can be added later.
-    recorded = read_config(out / TEACHER) if (out / TEACHER / RECORD).is_file() else {}
-    student, method = recorded.get("student", students[0]), recorded.get("method", "none")
-    teacher = {name: value for name, value in options.items() if get_stage(name) in (None, "teacher")}
-    teacher.pop("unlabeled", None)
-    run(TEACHER, teacher, until="teacher", student=student, method=method, rounds=1)
-    count = len(chosen.teacher)
-    files = [f"{TEACHER}{'' if count == 1 else f'.{i}'}.safetensors" for i in range(count)]
-    finished_teacher = {
-        "teacher": chosen.teacher,
-        "teachers_from_seeds": 1,
-        "teacher_epochs": None,
-        "teacher_warmup_epochs": None,
-        "teacher_weights": [str(out / TEACHER / file) for file in files],
-        "teacher_head": [head if head == "none" else "keep" for head in chosen.teacher_head],
-    }
+    run(TEACHER, _teacher_options(options, students[0], out), until="teacher", rounds=1)
+    finished_teacher = _finished_teacher(chosen, out)
 
     def run_student(name: str, folder: str, **more: Any) -> Report | None:
         """Return the report of a run, or None if it fails: the other candidates are run all the same."""
         try:
-            return run(folder, {**runs[name], **finished_teacher}, **more)
+            return run(folder, {**candidates[name].given, **finished_teacher}, **more)
         except Exception as error:
             if getattr(error, "exit_code", None) != JobError.exit_code:
                 raise
@@ -198,7 +157,7 @@ def sweep(
             return None
 
     def try_out(name: str, divisor: int) -> Trial | None:
-        shorter = shorten(chosen_options[name], read_options(runs[name]), divisor)
+        shorter = shorten(candidates[name].chosen, read_options(candidates[name].given), divisor)
         folder = f"{TRIALS}/{shorter['epochs']}-epochs/{name}"
         report = run_student(name, folder, **shorter, until="student")
         if report is None:
@@ -207,7 +166,7 @@ def sweep(
         score = report.student.val_score.model_copy(update={"classes": []})
         return Trial(run=name, epochs=shorter["epochs"], val_score=score, kept=False)
 
-    kept = [*runs]
+    kept = [*candidates]
     if keep is not None:
         kept, search.trials = halve(kept, keep, try_out)
     finished = [out / name for name in kept if run_student(name, name) is not None]
@@ -215,6 +174,64 @@ def sweep(
     if not finished:
         raise JobError(f"No student was trained. {'; '.join(map(': '.join, search.failed.items()))}")
     return compare(finished, out=out / "comparison", search=search)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student, a size and a method."""
+
+    student: str
+    """Name of the run without the method, which does not change the latency."""
+    given: dict[str, Any]
+    chosen: Options
+    """The same options with all defaults."""
+
+
+def _list_candidates(
+    options: Mapping[str, Any], students: Sequence[str], sizes: Sequence[Size], methods: Sequence[str]
+) -> tuple[dict[str, Candidate], ImageSet]:
+    """Return the candidates by the names of their runs, and the data. Raises UsageError if one is wrong."""
+    candidates: dict[str, Candidate] = {}
+    for student, size, method in product(students, sizes or (None,), methods or (None,)):
+        parts = [re.sub("[/:]", "-", student), *([] if size is None else [show_size(size)])]
+        given = {**_select_options(options, method), "student": student}
+        if size is not None:
+            given["student_size"] = size
+        chosen, images = resolve(read_options(given))
+        name = "-".join([*parts, *([method] if method else [])])
+        candidates[name] = Candidate("-".join(parts), given, chosen)
+    return candidates, images
+
+
+def _to_spec(chosen: Options, classes: int) -> NetworkSpec:
+    """Return the untrained student."""
+    size = chosen.student_size or chosen.image_size
+    assert size is not None
+    name, activation = resolve_name(chosen.student), chosen.activation
+    return NetworkSpec(name, size, classes, "", activation=activation, resize=chosen.resize)
+
+
+def _teacher_options(options: Mapping[str, Any], student: str, out: Path) -> dict[str, Any]:
+    """Return the options of the teacher's run, so that students and methods can be added to it later."""
+    recorded = read_config(out / TEACHER) if (out / TEACHER / RECORD).is_file() else {}
+    names = {"student": recorded.get("student", student), "method": recorded.get("method", "none")}
+    stages = (None, "teacher")
+    kept = {name: options[name] for name in options if get_stage(name) in stages and name != "unlabeled"}
+    return {**kept, **names}
+
+
+def _finished_teacher(chosen: Options, out: Path) -> dict[str, Any]:
+    """Return the options by which a student's run starts from the weights of the teacher's run."""
+    count = len(chosen.teacher)
+    files = [f"{TEACHER}{'' if count == 1 else f'.{i}'}.safetensors" for i in range(count)]
+    return {
+        "teacher": chosen.teacher,
+        "teachers_from_seeds": 1,
+        "teacher_epochs": None,
+        "teacher_warmup_epochs": None,
+        "teacher_weights": [str(out / TEACHER / file) for file in files],
+        "teacher_head": [head if head == "none" else "keep" for head in chosen.teacher_head],
+    }
 
 
 def halve(

@@ -99,10 +99,10 @@ def test_each_method_is_a_run_of_the_same_teacher(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--student-sizes", "8,20"), ("--student-sizes 20", "--image-size 16")),
+        (("--student-sizes", "8,20"), ("--student-size 20", "--image-size 16")),
         (("--student-sizes", "8,x"), ("--student-sizes must be pixels of a side", "got 8,x")),
         (("--student-sizes", "4"), ("--student-sizes must be 8 to 4096 pixels",)),
-        (("--student-sizes", "8,8x16"), ("--student-sizes 8x16 has another shape", "use 16, or")),
+        (("--student-sizes", "8,8x16"), ("--student-size 8x16 has another shape", "use 16, or")),
         (("--students", "no_network_xyz"), ("no_network_xyz",)),
         (("--methods", "none,kd", "--method", "kd"), ("--method and --methods",)),
         (("--students", "cifar_resnet8", "--student", "x"), ("--student and --students",)),
