@@ -36,7 +36,7 @@ MORE_ENTRIES = {
     "tests/support": 16,  # a file for each kind of toy
 }
 MOST_LINES = 450
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 220, 41_969, 32_460
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 220, 41_972, 32_460
 """Only a new feature may raise these."""
 
 

@@ -25,6 +25,7 @@ from ..errors import JobError
 from ..methods.base import Method, Parameters, Setup, Shapes, select
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
+from ..runs.files import DIGITS
 from ..runs.hashes import digest
 from .context import Round, RunContext
 from .task import DistillationTask
@@ -66,7 +67,9 @@ def _method_parameters(options: Options) -> dict[str, Parameters]:
 
 def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Method]:
     """Build the run's methods by name, from the tensors that ``prepare`` has left in the run folder."""
-    setup = replace(method_setup(round_), from_scratch=starts_from_scratch(options))
+    # The steps on the built-in digits are too few for the larger weight (docs/benchmarks.md).
+    from_scratch = starts_from_scratch(options) and options.data != DIGITS
+    setup = replace(method_setup(round_), from_scratch=from_scratch)
     parameters = _method_parameters(options)
     classes = {name: methods.load(name) for name in parameters}
     if (width := student_width(options, round_)) is not None:
